@@ -1,0 +1,152 @@
+"""The three ops in plain PyTorch: the specification that every kernel is tested against.
+
+    match        which box each prior has to learn            (training)
+    nms          which of the overlapping boxes survive       (testing)
+    postprocess  loc and logits -> boxes, scores and labels   (testing, all in one)
+
+The bodies below are what runs on a machine without a compiler. They are written to be read; the
+kernels beside them (`match.cpp`, `match.cu`, ...) are written to be fast, and must give the same.
+`iou.h` states the same two formulas, IoU and decoding, for C++ and CUDA.
+
+Letters: N images - P priors - C classes with background 0 - T boxes of a batch - K candidates -
+D detections at most. Boxes are float32; `_xyxy` is (left, top, right, bottom), `_cxcywh` is
+(centre x, centre y, width, height), both in units of the image.
+"""
+
+import torch
+from torch import Tensor
+
+VARIANCES = (0.1, 0.2)  # of centre and size (Caffe SSD's prior_variance)
+MIN_BIPARTITE_IOU = 1e-6  # below it a box takes no prior at all (Caffe MatchBBox)
+
+
+def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """IoU of every pair. [[0,0,2,2]] x [[1,1,3,3]] -> [[1/7]]. (A,4),(B,4) xyxy -> (A,B).
+
+    0 unless the union is positive, and 0 for a box that is not finite: so inverted, empty,
+    huge (area overflows) and NaN boxes overlap nothing.
+    """
+    a, b = a_xyxy[:, None], b_xyxy[None]  # (A, 1, 4), (1, B, 4)
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    sides = sides.clamp(min=0)  # (A, B, 2)
+    inter = sides[..., 0] * sides[..., 1]
+    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
+    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
+    union = area_a + area_b - inter  # this association: bit-equal to torchvision's
+    finite = a.isfinite().all(-1) & b.isfinite().all(-1)
+    return torch.where((union > 0) & finite, inter / union, 0.0)
+
+
+def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
+    """Offsets (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
+
+    Not clipped to the image: SSD suppresses unclipped boxes.
+    """
+    centre = priors_cxcywh[..., :2] + loc[..., :2] * VARIANCES[0] * priors_cxcywh[..., 2:]
+    size = priors_cxcywh[..., 2:] * torch.exp(loc[..., 2:] * VARIANCES[1])
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def match(
+    priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshold: float
+) -> Tensor:
+    """The box each prior has to learn: (P,4), (T,4), (N+1,) int64 -> (N,P) int64.
+
+    Image n owns rows offsets[n]:offsets[n+1] of `boxes_xyxy`. The result is a row of
+    `boxes_xyxy`, or -1 for background. Caffe MatchBBox with PER_PREDICTION:
+
+    1. Greedy bipartite, best pair first: the best (prior, box) pair of all that are still free is
+       matched, until no box is free. So every box gets a prior of its own, even where two boxes
+       share their best prior. A pair needs IoU > 1e-6.
+    2. Each prior that is still free takes its best box if their IoU >= iou_threshold.
+
+    Ties go to the lowest box, then to the lowest prior.
+    """
+    num_priors, num_images = len(priors_xyxy), len(offsets) - 1
+    matched = torch.full((num_images, num_priors), -1, dtype=torch.int64, device=offsets.device)
+    starts = offsets.tolist()
+    for n, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if start == end or num_priors == 0:
+            continue  # an image without boxes is all background
+        iou = pairwise_iou(boxes_xyxy[start:end], priors_xyxy)  # (G, P)
+        best_iou = iou.amax(dim=0)  # (P,)
+        best_box = (iou == best_iou).to(torch.int8).argmax(dim=0)  # the lowest box on ties
+        matched[n] = torch.where(best_iou >= iou_threshold, best_box + start, -1)
+
+        free = iou.clone()
+        for _ in range(end - start):
+            flat = (free == free.max()).flatten().to(torch.int8).argmax()  # lowest box, then prior
+            box, prior = flat // num_priors, flat % num_priors
+            if free[box, prior] <= MIN_BIPARTITE_IOU:
+                break
+            matched[n, prior] = box + start
+            free[box] = -1.0
+            free[:, prior] = -1.0
+    return matched
+
+
+def nms(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """Greedy non-maximum suppression: (K,4), (K,), (K,) int64 -> (K,) bool, True where kept.
+
+    Boxes are visited by (score descending, index ascending); one is kept unless a kept box of the
+    same group overlaps it with IoU > iou_threshold. Groups (classes) never touch each other, and
+    no coordinate is shifted to make it so: that trick rounds. A box or a score that is not finite
+    is never kept and never suppresses.
+    """
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    alive = boxes_xyxy.isfinite().all(dim=1) & scores.isfinite()
+    order = torch.sort(scores, descending=True, stable=True).indices
+    order = order[alive[order]]
+    while len(order):
+        best, rest = order[0], order[1:]
+        keep[best] = True
+        iou = pairwise_iou(boxes_xyxy[best][None], boxes_xyxy[rest])[0]
+        order = rest[(iou <= iou_threshold) | (groups[rest] != groups[best])]
+    return keep
+
+
+def postprocess(
+    loc: Tensor,
+    logits: Tensor,
+    priors_cxcywh: Tensor,
+    score_threshold: float,
+    top_k: int,
+    iou_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Detections of a batch: (N,P,4), (N,P,C), (P,4) cxcywh -> the best D of each image.
+
+    Softmax; then for each class but background: priors with score > score_threshold, the best
+    `top_k` of them (score descending, prior ascending), decoded, NMS; then the best
+    D = `max_detections` over all classes (score descending, class ascending, prior ascending)
+    (Caffe DetectionOutput).
+
+    Returns boxes (N,D,4) xyxy, scores (N,D), labels (N,D) int64 and count (N,) int64; rows from
+    count[n] on are zero. A score that is not finite is no candidate; a decoded box that is not
+    finite is dropped after the selection.
+    """
+    num_images, _, num_classes = logits.shape
+    boxes = loc.new_zeros((num_images, max_detections, 4), dtype=torch.float32)
+    scores = boxes.new_zeros((num_images, max_detections))
+    labels = torch.zeros_like(scores, dtype=torch.int64)
+    count = labels.new_zeros(num_images)
+    probabilities = logits.float().softmax(dim=-1)  # (N, P, C)
+    for n in range(num_images):
+        found = []  # (K, 6) rows: xyxy, score, label; class by class, score descending
+        for label in range(1, num_classes):
+            score = probabilities[n, :, label]  # (P,)
+            prior = torch.nonzero(score > score_threshold)[:, 0]
+            best = torch.sort(score[prior], descending=True, stable=True).indices[:top_k]
+            prior = prior[best]
+            box = decode(loc[n, prior].float(), priors_cxcywh[prior])  # (K, 4) xyxy
+            keep = nms(box, score[prior], torch.full_like(prior, label), iou_threshold)
+            box, score = box[keep], score[prior][keep, None]
+            found.append(torch.cat([box, score, torch.full_like(score, label)], dim=1))
+        if not found:
+            continue  # background is the only class
+        found = torch.cat(found)
+        best = torch.sort(found[:, 4], descending=True, stable=True).indices[:max_detections]
+        found, k = found[best], len(best)
+        boxes[n, :k], scores[n, :k], labels[n, :k] = found[:, :4], found[:, 4], found[:, 5].long()
+        count[n] = k
+    return boxes, scores, labels, count
