@@ -1,0 +1,203 @@
+"""The three ops: `ops.match`, `ops.nms`, `ops.postprocess`, each on whatever device its tensors are.
+
+An op is a `torch.library.custom_op` whose body is the readable PyTorch of `reference.py`. The
+kernels (`match.cpp`, `match.cu`, ...) register themselves for the CPU or the CUDA key of the same
+op, and torch's dispatcher then prefers them: no call site asks what was compiled.
+
+SCRATCHDET_OPS chooses at import:
+    auto       (default) build what can be built; where that fails, one message, and PyTorch runs
+    reference  build nothing
+    require    a build that fails raises (CI: so that a fallback never passes for a kernel)
+    emulate    the CUDA kernels on CPU threads (emulate.h), in the place of the CPU ones
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .jit import OPS, BuildError, _say, build
+
+__all__ = ["COMPILED", "BuildError", "build", "describe", "match", "nms", "postprocess"]
+NAMES = ("match", "nms", "postprocess")
+MODES = ("auto", "reference", "require", "emulate")
+COMPILED = {"cpu": False, "cuda": False}  # which kernels are loaded; _load() fills it in
+
+# Schema and fallback: the signature of the reference is the signature of the op.
+_match = torch.library.custom_op("scratchdet::match", reference.match, mutates_args=())
+_nms = torch.library.custom_op("scratchdet::nms", reference.nms, mutates_args=())
+_postprocess = torch.library.custom_op(
+    "scratchdet::postprocess", reference.postprocess, mutates_args=()
+)
+
+
+# Fake kernels: shapes alone, for torch.compile. None depends on data: no op ever synchronises.
+@_match.register_fake
+def _(priors_xyxy, boxes_xyxy, offsets, iou_threshold):
+    return offsets.new_empty((offsets.shape[0] - 1, priors_xyxy.shape[0]))
+
+
+@_nms.register_fake
+def _(boxes_xyxy, scores, groups, iou_threshold):
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@_postprocess.register_fake
+def _(loc, logits, priors_cxcywh, score_threshold, top_k, iou_threshold, max_detections):
+    shape = (logits.shape[0], max_detections)
+    boxes = loc.new_empty((*shape, 4), dtype=torch.float32)
+    labels = loc.new_empty(shape, dtype=torch.int64)
+    return boxes, boxes.new_empty(shape), labels, labels.new_empty(shape[:1])
+
+
+# custom_op puts a layer of Python before every kernel that only serves autograd: 10 us a call,
+# as long as the NMS of 400 boxes itself. These ops have no gradient, so it is passed over.
+_passed_over = [torch.library.Library("scratchdet", "FRAGMENT")]  # lives as long as the module
+for _name in NAMES:
+    for _key in ("AutogradCPU", "AutogradCUDA"):
+        _passed_over[0].impl(_name, torch.library.fallthrough_kernel, _key)
+
+
+def match(
+    priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshold: float = 0.5
+) -> Tensor:
+    """The box each prior has to learn: (P,4), (T,4), (N+1,) int64 -> (N,P) int64 row or -1.
+
+    See reference.match. Raises ValueError for a wrong shape, type or device and, on the CPU, for
+    offsets that do not rise from 0 to T (on a GPU that check would wait for the GPU).
+    """
+    _check_rows("match", "priors_xyxy", priors_xyxy)
+    _check_rows("match", "boxes_xyxy", boxes_xyxy)
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int64:
+        _fail("match", "offsets", "(N+1,) int64", _seen(offsets))
+    _check_device("match", offsets, priors_xyxy=priors_xyxy, boxes_xyxy=boxes_xyxy)
+    _check_unit("match", "iou_threshold", iou_threshold)
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = offsets.tolist()
+        if rows[0] != 0 or rows[-1] != boxes_xyxy.shape[0] or rows != sorted(rows):
+            _fail("match", "offsets", f"rising from 0 to T={boxes_xyxy.shape[0]}", rows)
+    return torch.ops.scratchdet.match.default(priors_xyxy, boxes_xyxy, offsets, iou_threshold)
+
+
+def nms(
+    boxes_xyxy: Tensor, scores: Tensor, groups: Tensor | None = None, iou_threshold: float = 0.45
+) -> Tensor:
+    """Greedy suppression: (K,4), (K,), (K,) int64 or None (one group) -> (K,) bool, True if kept.
+
+    See reference.nms. `boxes_xyxy[keep]` is in the order that came in: sort it if you need to.
+    Raises ValueError for a wrong shape, type or device.
+    """
+    _check_rows("nms", "boxes_xyxy", boxes_xyxy)
+    shape = boxes_xyxy.shape[:1]
+    if scores.shape != shape or scores.dtype != torch.float32:
+        _fail("nms", "scores", f"(K,) float32 like boxes (K,4), K={shape[0]}", _seen(scores))
+    if groups is None:
+        groups = torch.zeros_like(scores, dtype=torch.int64)
+    if groups.shape != shape or groups.dtype != torch.int64:
+        _fail("nms", "groups", f"(K,) int64 like boxes (K,4), K={shape[0]}", _seen(groups))
+    _check_device("nms", boxes_xyxy, scores=scores, groups=groups)
+    _check_unit("nms", "iou_threshold", iou_threshold)
+    return torch.ops.scratchdet.nms.default(boxes_xyxy, scores, groups, iou_threshold)
+
+
+def postprocess(
+    loc: Tensor,
+    logits: Tensor,
+    priors_cxcywh: Tensor,
+    score_threshold: float = 0.01,
+    top_k: int = 400,
+    iou_threshold: float = 0.45,
+    max_detections: int = 200,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N,P,4), (N,P,C), (P,4) -> boxes (N,D,4) xyxy, scores (N,D), labels (N,D), count (N,).
+
+    See reference.postprocess. `loc` and `logits` may be of any floating type and stride; no
+    gradient flows. Raises ValueError for a wrong shape, type, device or number.
+    """
+    _check_rows("postprocess", "priors_cxcywh", priors_cxcywh)
+    p = priors_cxcywh.shape[0]
+    for name, x, last in (("loc", loc, "4"), ("logits", logits, "C")):
+        if x.dim() != 3 or x.shape[1] != p or not x.is_floating_point():
+            like = f"(N,P,{last}) floating with P={p} priors"
+            _fail("postprocess", name, like, _seen(x))
+    if loc.shape[2] != 4 or loc.shape[0] != logits.shape[0] or logits.shape[2] < 1:
+        _fail("postprocess", "loc", f"(N,P,4) like logits {_seen(logits)}", _seen(loc))
+    _check_device("postprocess", logits, loc=loc, priors_cxcywh=priors_cxcywh)
+    _check_unit("postprocess", "score_threshold", score_threshold)
+    _check_unit("postprocess", "iou_threshold", iou_threshold)
+    for name, value in (("top_k", top_k), ("max_detections", max_detections)):
+        if value < 1:
+            _fail("postprocess", name, "at least 1", value)
+    return torch.ops.scratchdet.postprocess.default(
+        loc.detach(),
+        logits.detach(),
+        priors_cxcywh,
+        score_threshold,
+        top_k,
+        iou_threshold,
+        max_detections,
+    )
+
+
+def _check_rows(op, name, x):
+    if x.dim() != 2 or x.shape[1] != 4 or x.dtype != torch.float32:
+        _fail(op, name, "(rows,4) float32", _seen(x))
+
+
+def _check_device(op, first, **others):
+    for name, x in others.items():
+        if x.device != first.device:
+            _fail(op, name, f"on {first.device} like the others", _seen(x))
+
+
+def _check_unit(op, name, value):
+    if not 0 <= value <= 1:  # also catches NaN
+        _fail(op, name, "between 0 and 1", value)
+
+
+def _seen(x):
+    where = "" if x.device.type == "cpu" else f" on {x.device}"
+    return f"({','.join(map(str, x.shape))}) {str(x.dtype).removeprefix('torch.')}{where}"
+
+
+def _fail(op, argument, contract, got):
+    raise ValueError(f"{op}: {argument} must be {contract}; got {got}")
+
+
+def describe() -> str:
+    """One line: `ops: match nms postprocess - cpu+cuda`."""
+    compiled = "+".join(device for device, is_built in COMPILED.items() if is_built)
+    what = compiled or "plain PyTorch"
+    if MODE == "emulate":
+        what = "the CUDA kernels, emulated on the CPU"
+    return f"ops: {' '.join(NAMES)} - {what}"
+
+
+def _load():
+    """Build and load what SCRATCHDET_OPS asks for."""
+    if MODE not in MODES:
+        raise ValueError(f"SCRATCHDET_OPS={MODE}: expected one of {', '.join(MODES)}")
+    wanted = []
+    if MODE == "emulate":
+        wanted = [("cpu", "emulate", ".cu")]
+    elif MODE != "reference":
+        wanted = [("cpu", "cpu", ".cpp")]
+        if torch.cuda.is_available():
+            wanted.append(("cuda", "cuda", ".cu"))
+    for device, name, suffix in wanted:
+        try:
+            build(name, [op + suffix for op in NAMES], emulate=MODE == "emulate")
+            COMPILED[device] = True
+        except BuildError as error:
+            if MODE != "auto":
+                raise
+            _say(
+                f"no {device.upper()} kernels: {error}.\n  So on {device.upper()} tensors the ops "
+                "run as plain PyTorch: the same results, 10 to 100 times slower.\n"
+                "  SCRATCHDET_OPS=reference silences this; SCRATCHDET_OPS=require makes it an error."
+            )
+
+
+MODE = os.environ.get("SCRATCHDET_OPS") or "auto"
+_load()
