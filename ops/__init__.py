@@ -1,4 +1,4 @@
-"""The three ops: `ops.match`, `ops.nms`, `ops.postprocess`, each on whatever device its tensors are.
+"""The three ops, each on the device of its tensors: `ops.match`, `ops.nms`, `ops.postprocess`.
 
 An op is a `torch.library.custom_op` whose body is the readable PyTorch of `reference.py`. The
 kernels (`match.cpp`, `match.cu`, ...) register themselves for the CPU or the CUDA key of the same
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .jit import OPS, BuildError, _say, build
+from .jit import BuildError, _say, build
 
 __all__ = ["COMPILED", "BuildError", "build", "describe", "match", "nms", "postprocess"]
 NAMES = ("match", "nms", "postprocess")
