@@ -402,8 +402,9 @@ def run_detector(model, records, *, batch_size=8, workers=0, what="evaluating"):
     progress, found = Progress(len(records), what), []
     model.eval()
     try:
-        batches = data.ordered_batches(records, model.config.size, batch_size, workers=workers)
-        for batch in batches:
+        for batch in data.ordered_batches(
+            records, model.config.size, batch_size=batch_size, workers=workers
+        ):
             batch = data.Batch(*(x.to(device, non_blocking=True) for x in batch))
             loc, logits = model(data.prepare(batch, model.config))
             sizes = [records[i].size for i in batch.indices.tolist()]
@@ -415,27 +416,24 @@ def run_detector(model, records, *, batch_size=8, workers=0, what="evaluating"):
     return found
 
 
-def evaluate(model, records, classes, *, metric="voc", batch_size=8, workers=0, what="evaluating"):
-    """Run the model over the records and measure: the dict of `summarise`, and the detections.
+def evaluate(model, records, *, metric="voc", batch_size=8, workers=0, rank=0, world=1):
+    """Run the model over the records and measure: the dict of `summarise`.
 
-    Under torch.distributed rank r takes records[r::world] and every rank returns the same. The
-    weights of rank 0 count: BatchNorm's running statistics differ between ranks.
+    With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
+    The weights of rank 0 count: BatchNorm's running statistics differ between ranks.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if world == 1:
-        found = run_detector(model, records, batch_size=batch_size, workers=workers, what=what)
-    else:
+    run = {"batch_size": batch_size, "workers": workers, "what": None if rank else "evaluating"}
+    if world > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
-        rank, parts, found = dist.get_rank(), [None] * world, [None] * len(records)
-        mine = run_detector(
-            model, records[rank::world], batch_size=batch_size, workers=workers,
-            what=None if rank else what,
-        )  # fmt: skip
+    found = run_detector(model, records[rank::world], **run)
+    if world > 1:
+        mine, parts = found, [None] * world
         dist.all_gather_object(parts, mine)
+        found = [None] * len(records)
         for r, part in enumerate(parts):
             found[r::world] = part
-    return summarise(records, found, classes, metric), found
+    return summarise(records, found, model.config.classes, metric)
 
 
 def summarise(records, detections, classes, metric="voc"):
@@ -479,7 +477,7 @@ def summarise(records, detections, classes, metric="voc"):
     return result
 
 
-def table(result):
+def report(result):
     """The result of `summarise` as text."""
 
     def cell(x):
@@ -525,6 +523,13 @@ MULTI_SCALE = (
 )
 
 
+def normalise(pixels, config):
+    """RGB pixels (N,3,H,W) of 0..255 -> what the network sees, as `data.prepare` makes it."""
+    mean, std = (torch.tensor(v, device=pixels.device) for v in (config.mean, config.std))
+    x = (pixels.float() - mean[:, None, None]) / std[:, None, None]
+    return x if config.channels == "rgb" else x.flip(1)
+
+
 @torch.no_grad()
 def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
     """`Detections` of one RGB picture of any size, over several passes joined by `vote_boxes`.
@@ -538,7 +543,7 @@ def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
         side = round(config.size * scale)
         sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
         pixels = np.asarray(image.resize(sides, Image.Resampling.BILINEAR)).copy()  # (H, W, 3)
-        x = data.normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device), config)
+        x = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device), config)
         x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
         maps = model.features(x)
         priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
@@ -621,17 +626,28 @@ def draw(image, boxes_xyxy, labels, scores, classes):
     return image
 
 
-def draw_all(folder, records, detections, classes, min_score):
-    """Writes FOLDER/NAME.jpg for each record: ground truth green, detections orange."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for record, found in zip(records, detections, strict=True):
-        keep = found.scores >= min_score
-        with Image.open(record.path) as image:
-            truth = draw(image, record.boxes_xyxy, record.labels, None, classes)
-        picture = draw(
-            truth, *(x[keep] for x in (found.boxes_xyxy, found.labels, found.scores)), classes
-        )
-        picture.save(Path(folder) / f"{record.name}.jpg", quality=92)
+def draw_found(record, found, classes, min_score):
+    """The picture of a record: ground truth green, detections of min_score and more orange."""
+    truth = draw(
+        data.decode(data.open_record(record), record),
+        record.boxes_xyxy,
+        record.labels,
+        None,
+        classes,
+    )
+    keep = found.scores >= min_score
+    return draw(truth, found.boxes_xyxy[keep], found.labels[keep], found.scores[keep], classes)
+
+
+def draw_sheet(model, records, path, *, columns=4, side=300, min_score=0.3):
+    """Writes one picture of a few records' detections beside their ground truth."""
+    sheet = Image.new("RGB", (columns * side, -(-len(records) // columns) * side), "white")
+    detections = run_detector(model, records, what=None)
+    for i, record in enumerate(records):
+        picture = draw_found(record, detections[i], model.config.classes, min_score)
+        picture.thumbnail((side - 4, side - 4))
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    sheet.save(path)
 
 
 # ---------------------------------------------------------------------------------- files and speed
@@ -689,7 +705,7 @@ class Exported(nn.Module):
         self.model = model
 
     def forward(self, pixels):
-        loc, logits = self.model(data.normalise(pixels, self.model.config))
+        loc, logits = self.model(normalise(pixels, self.model.config))
         return decode(loc, self.model.priors_cxcywh), logits.softmax(dim=-1)
 
 
@@ -722,7 +738,7 @@ def frames_per_second(model, records, *, batch_size, seconds=5.0):
     """Images/s (network alone, network and detect), float32, on warped images already in memory."""
     device = model.priors_cxcywh.device
     some = (records * batch_size)[:batch_size]
-    batch = next(iter(data.ordered_batches(some, model.config.size, batch_size)))
+    batch = next(data.ordered_batches(some, model.config.size, batch_size=batch_size))
     x = data.prepare(data.Batch(*(t.to(device) for t in batch)), model.config)
     rates = []
     for with_nms in (False, True):
@@ -913,14 +929,14 @@ def main(argv=None):
         print("multi-scale: our recipe (the paper does not give its own)")
         found, progress = [], Progress(len(records), "multi-scale")
         for record in records:
-            image = data.decode(record)
+            image = data.decode(data.open_record(record), record)
             found.append(detect_image(model, image, MULTI_SCALE, soft=metric == "coco"))
             progress(len(found))
     else:
         found = run_detector(model, records, batch_size=args.batch_size, workers=args.workers)
     if any(len(r.labels) for r in records):
         result = summarise(records, found, classes, metric)
-        print(table(result))
+        print(report(result))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
     if not any(len(f.scores) for f in found):
@@ -938,7 +954,8 @@ def main(argv=None):
         write_comp4(args.comp4, records, found, classes, year or 2012, split)
         print(f"comp4 files: {args.comp4}")
     if args.draw:
-        draw_all(folder, records, found, classes, args.min_score)
+        for record, one in zip(records, found, strict=True):
+            draw_found(record, one, classes, args.min_score).save(folder / f"{record.name}.jpg")
         print(f"drawn: {folder}/ (ground truth green, detections of {args.min_score:g} up orange)")
     return None
 
