@@ -29,15 +29,16 @@ using torch::stable::Tensor;
   type* name = reinterpret_cast<type*>(name##_bytes)
 #define CHECK_LAUNCH() STD_CUDA_KERNEL_LAUNCH_CHECK()
 #define DEVICE_KEY CUDA
+using Stream = cudaStream_t;
 
 // Makes the tensor's GPU the current one, and finds the stream that torch's next op there uses.
 struct OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
+  Stream stream = nullptr;
   explicit OnDeviceOf(const Tensor& x) : guard(x.get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
+    stream = static_cast<Stream>(current);
   }
 };
 
@@ -47,9 +48,10 @@ constexpr int threads(int on_gpu, int) { return on_gpu; }
 
 #define CHECK_LAUNCH()
 #define DEVICE_KEY CPU
+using Stream = int;
 
 struct OnDeviceOf {
-  int stream = 0;
+  Stream stream = 0;
   explicit OnDeviceOf(const Tensor&) {}
 };
 

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <barrier>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +27,7 @@
 #include <vector>
 
 #define __global__ static
-#define __device__ static inline
+#define __device__ inline
 #define __shared__ static
 #define __launch_bounds__(threads)
 
@@ -38,9 +39,10 @@ struct dim3 {
 namespace emulate {
 // Two sets of slots, used in turn: a lane may fill one while a slow lane still reads the other.
 struct Warp {
-  std::barrier<> barrier;
+  std::barrier<> barrier{32};
   uint64_t slots[2][32] = {};
 };
+inline std::mutex one_launch_at_a_time;  // a kernel's shared memory exists once
 inline std::barrier<>* block_barrier;
 inline std::deque<Warp>* warps;
 inline std::vector<std::max_align_t>* dynamic_shared;
@@ -76,13 +78,11 @@ T read(const uint64_t* slots, int lane, T otherwise) {
 // All threads of a block run `body` for one block of the grid after the other.
 template <typename Body>
 void run(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
-  static std::mutex one_launch_at_a_time;
   std::scoped_lock lock(one_launch_at_a_time);
   if (block.x % 32 || block.y != 1 || block.z != 1) std::abort();
   // Not the block's barrier: threads that leave a kernel early must not count at __syncthreads().
   std::barrier<> in_block(block.x), between_blocks(block.x);
-  std::deque<Warp> all_warps;
-  for (unsigned w = 0; w < block.x / 32; ++w) all_warps.emplace_back(32);
+  std::deque<Warp> all_warps(block.x / 32);
   std::vector<std::max_align_t> memory(shared_bytes / sizeof(std::max_align_t) + 1);
   block_barrier = &in_block, warps = &all_warps, dynamic_shared = &memory;
   gridDim = grid, blockDim = block;

@@ -7,6 +7,8 @@
 #pragma once
 #include "device.h"
 
+namespace {
+
 constexpr int kSortThreads = threads(256, 64);
 
 // The larger key goes first, and no two are equal. Boxes that can never be kept have the upper
@@ -26,7 +28,7 @@ struct SortedBoxes {  // in order of the score
 };
 
 // grid (ceil(K / kSortThreads)), thread = one box; all keys pass by in shared memory
-static __global__ void __launch_bounds__(kSortThreads)
+__global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const Box* boxes, const float* scores, const int64_t* groups, int count,
                 SortedBoxes sorted) {
   __shared__ Key keys[kSortThreads];
@@ -53,7 +55,6 @@ struct Candidates {
   SortedBoxes sorted;
 };
 
-template <typename Stream>
 Candidates sort_boxes(const Tensor& boxes_xyxy, const Tensor& scores, const Tensor& groups,
                       Stream stream) {
   const Tensor boxes = torch::stable::contiguous(boxes_xyxy);
@@ -73,3 +74,5 @@ Candidates sort_boxes(const Tensor& boxes_xyxy, const Tensor& scores, const Tens
   CHECK_LAUNCH();
   return c;
 }
+
+}  // namespace
