@@ -1,0 +1,623 @@
+"""Train ScratchDet from random weights and report its mAP.
+
+    python train.py                                     shapes drawn on the spot, a narrow network:
+                                                        minutes on a laptop
+    python train.py --voc-root VOCdevkit                the paper's recipe: 100,000 steps of 128
+                                                        images, Root-ResNet-34, VOC 07+12
+    python train.py --voc-root VOCdevkit --minutes 60   as good as it gets in an hour, here
+    torchrun --nproc-per-node 4 train.py --voc-root VOCdevkit        several GPUs
+
+One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. Everything of the run is in
+its folder (--out): last.pt (checkpoint), log.jsonl (a line a step), run.json (arguments, commit,
+machine), and detections drawn beside the ground truth.
+
+`--resume` goes on from OUT/last.pt, bit for bit on a CPU: the samples of step s depend on (seed, s)
+alone, and the checkpoint holds the rest.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+import eval as evaluation
+import ops
+from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
+
+# The schedules. `drops`: where the learning rate falls to a tenth, as a fraction of the iterations.
+# Sections 4.1 to 4.4 of the paper; "released" is the schedule of its released code.
+PAPER = {"batch_size": 128, "lr": 0.05, "schedule": "steps", "warmup": 0.0, "augment": "ssd"}
+SHORT = {"batch_size": 8, "lr": 0.1, "schedule": "linear", "drops": (), "warmup": 0.1}
+NARROW = {"backbone": "root-resnet18", "width": 0.25}
+RECIPES = {
+    "voc07": PAPER | {"iterations": 100_000, "drops": (0.45, 0.75, 0.95)},
+    "voc12": PAPER | {"iterations": 100_000, "drops": (0.45, 0.75, 0.95)},
+    "coco": PAPER | {"iterations": 320_000, "drops": (150 / 320, 250 / 320, 310 / 320)},
+    "ssd120k": PAPER | {"iterations": 120_000, "drops": (80 / 120, 100 / 120)},  # Table 1
+    "released": PAPER | {"iterations": 100_000, "drops": (0.40, 0.75, 0.90)},
+    "shapes": SHORT | NARROW | {"iterations": 700, "augment": "flip"},
+    "budget": SHORT | {"backbone": "root-resnet18", "iterations": 6_000, "augment": "ssd"},
+    "overfit": SHORT | NARROW | {"iterations": 300, "lr": 0.05, "augment": "none"},
+}
+SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every")
+
+
+def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
+    """The flags; those that the recipe sets take their defaults from it, `defaults` come last."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    yes_no = argparse.BooleanOptionalAction
+    # fmt: off
+    add = parser.add_argument_group("data (no root given: drawn shapes)").add_argument
+    add("--voc-root", metavar="DIR", help="folder that holds VOC2007/, or the one above")
+    add("--coco-root", metavar="DIR", help="folder that holds annotations/ and train2017/")
+    add("--shapes-root", metavar="DIR", default="runs/shapes-data", help="drawn there once")
+    add("--data", choices=["shapes", "voc", "coco"], help="follows from the root given")
+    add("--train-sets", nargs="+", metavar="SET",
+        help="VOC: 2007:trainval 2012:trainval; COCO: train2017")
+    add("--eval-sets", nargs="+", metavar="SET", help="VOC: 2007:test; COCO: val2017")
+    add("--classes", metavar="FILE",
+        help="names, one a line, or 'auto': those in the annotations; else the 20 of VOC")
+    add("--augment", choices=["ssd", "flip", "none"], help="ssd: colour, expand, crop, flip")
+    add("--difficult", action=yes_no,
+        help="train on objects marked difficult (VOC: yes) or crowd (COCO: no)")
+    add("--overfit", type=int, default=0, metavar="N",
+        help="train and evaluate on the first N training images")
+
+    group = parser.add_argument_group("model")
+    add_config_flags(group)
+    group.add_argument("--priors", choices=["voc", "coco"], help="follows from the data")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--recipe", choices=list(RECIPES), help="follows from the data and --minutes")
+    add("--batch-size", type=int, help="images of a step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches of a step; BN sees one of them")
+    add("--lr", type=float, help="else the recipe's, times batch size / recipe's batch size")
+    add("--iterations", type=int, help="else the recipe's, times recipe's batch size / batch size")
+    add("--minutes", type=float, help="as many iterations as fit, fixed at the start")
+    add("--schedule", choices=["steps", "linear"], help="drops to a tenth, or a line to zero")
+    add("--drops", type=float, nargs="*", help="where, as fractions of the run")
+    add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=5e-4, help="not on biases and the head's BN")
+    add("--ema", type=float, default=0.0, help="decay of the averaged weights; 0: no averaging")
+    add("--seed", type=int, default=0, help="of the weights and of every sample")
+
+    add = parser.add_argument_group("system").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+        help="loader processes of each rank")
+    add("--cache", metavar="DIR", help="keep the decoded images here, memory-mapped")
+    add("--bf16", action=yes_no, help="autocast; else where the hardware is made for it")
+    add("--channels-last", action=yes_no, default=True, help="memory format of the network")
+    add("--compile", action=yes_no, default=False, help="torch.compile the network")
+    add("--out", metavar="DIR", help="folder of the run; else runs/RECIPE")
+    add("--resume", action=yes_no, default=False, help="go on from OUT/last.pt if there is one")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
+    add("--log-gradients", action=yes_no, default=True, help="log their L2 norm (Figure 1)")
+    add("--skip-nonfinite", action=yes_no, default=False, help="leave such steps out, and count")
+    # fmt: on
+
+    known, _ = parser.parse_known_args(argv)
+    if not known.data:
+        known.data = "voc" if known.voc_root else "coco" if known.coco_root else "shapes"
+    recipe = known.recipe or {"voc": "voc07", "coco": "coco"}.get(known.data, "shapes")
+    if not known.recipe and known.overfit:
+        recipe = "overfit"
+    elif not known.recipe and known.minutes and known.data != "shapes":
+        recipe = "budget"
+    base = {
+        "data": known.data,
+        "recipe": recipe,
+        "priors": "coco" if known.data == "coco" else "voc",
+    }
+    base |= {"difficult": known.data != "coco", "out": f"runs/{recipe}"}
+    parser.set_defaults(**(base | RECIPES[recipe] | {"lr": None, "iterations": None} | defaults))
+    args = parser.parse_args(argv)
+    scale = args.batch_size / RECIPES[recipe]["batch_size"]  # the linear rule: same epochs
+    args.lr = args.lr or RECIPES[recipe]["lr"] * scale
+    args.iterations = args.iterations or round(RECIPES[recipe]["iterations"] / scale)
+    return args
+
+
+# ------------------------------------------------------------------------------ optimisation
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero."""
+    done = step / args.iterations
+    warm = min(1.0, (step + 1) / max(1.0, args.warmup * args.iterations))
+    if args.schedule == "linear":
+        return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
+    return args.lr * warm * 0.1 ** sum(done >= drop for drop in args.drops)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Caffe's multipliers. Biases of convolutions (there are some only without BN) learn twice as
+    fast and do not decay; the head's BN does not decay; the backbone's does."""
+    head_bn, biases, rest = [], [], []
+    for name, module in model.named_modules():
+        bn = isinstance(module, nn.BatchNorm2d)
+        for kind, parameter in module.named_parameters(recurse=False):
+            if bn and "head." in f"{name}.":
+                head_bn.append(parameter)
+            elif kind == "bias" and not bn:
+                biases.append(parameter)
+            else:
+                rest.append(parameter)
+    return [
+        {"params": rest, "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": head_bn, "weight_decay": 0.0, "lr_factor": 1.0},
+        {"params": biases, "weight_decay": 0.0, "lr_factor": 2.0},
+    ]
+
+
+def average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * weights; running statistics likewise."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            ema[key].lerp_(value, 1 - decay)
+        else:
+            ema[key].copy_(value)
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write it whole or not at all; the one before it becomes previous.pt.
+
+    At any moment that the machine may die, last.pt is a whole checkpoint.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            older = path.with_name("previous.tmp")
+            older.unlink(missing_ok=True)
+            os.link(path, older)
+            os.replace(older, path.with_name("previous.pt"))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path}: cannot write the checkpoint ({e}). The one before it is intact; free some "
+            "space or choose another --out, then go on with --resume"
+        ) from None
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later: they will be written again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] < step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------ the machine
+
+
+def keep_large_tensors() -> None:
+    """Tell glibc not to give memory back at every step: 1.5x the images/s on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1 & 0x7FFFFFFF)  # M_TRIM_THRESHOLD
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is fast there, not just possible."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with contextlib.suppress(OSError):
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(s.split()[1]) for s in lines if s.startswith("MemAvailable")) * 1024
+    return math.inf
+
+
+def memory_needed(model: ScratchDet, images: int, bf16: bool) -> int:
+    """Bytes of a step: weights, and what is kept for backward (seen on the meta device)."""
+    seen, total = set(), 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        key = t.untyped_storage()._cdata
+        if key not in seen:
+            seen.add(key)
+            total += t.numel() * t.element_size()
+        return t
+
+    meta, size = deepcopy(model).to("meta").train(), model.config.size
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = meta(torch.empty(2, 3, size, size, device="meta"))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    activations = (total - weights) / 2 * images * (0.5 if bf16 else 1) + 8 * size * size * images
+    del outputs
+    return int(1.2 * activations) + 4 * weights
+
+
+def machine(device: torch.device) -> str:
+    """What a number was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(s.split(":")[1].strip() for s in lines if s.startswith("model name"))
+        return f"{name}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Of this code, with a + where files differ from it."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        rev = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+        return rev.stdout.strip() + ("+" if dirty.stdout else "") or "unknown"
+    except OSError:
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------ the run
+
+
+def read_data(args: argparse.Namespace) -> tuple[list, list, tuple[str, ...]]:
+    """Records to train on, records to evaluate, class names."""
+    if args.data == "coco":
+        train_sets, eval_sets = args.train_sets or ["train2017"], args.eval_sets or ["val2017"]
+        train, classes = data.read_coco(args.coco_root, *train_sets)
+        test = train if args.overfit else data.read_coco(args.coco_root, *eval_sets)[0]
+    else:
+        root, classes = args.voc_root, data.VOC_CLASSES
+        train_sets = args.train_sets or ["2007:trainval", "2012:trainval"]
+        eval_sets = args.eval_sets or ["2007:test"]
+        if args.data == "shapes":
+            root, classes = data.draw_shapes(args.shapes_root), data.SHAPE_CLASSES
+            train_sets = args.train_sets or ["2007:train"]
+        if args.classes:
+            classes = None if args.classes == "auto" else data.read_classes(args.classes)
+        train, classes = data.read_voc(root, train_sets, classes)
+        test = train if args.overfit else data.read_voc(root, eval_sets, classes)[0]
+    if args.overfit:
+        train = test = train[: args.overfit]
+    return train, test, tuple(classes)
+
+
+def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, and the checkpoint to go on from, if --resume is given and there is one."""
+    args = parse_args(argv)
+    last = Path(args.out) / "last.pt"
+    if not args.resume or not last.exists():
+        return args, None
+    checkpoint = load(last)[1]
+    saved = {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
+    args = parse_args(argv, **saved)
+    for key, value in saved.items():
+        if getattr(args, key) != value:
+            raise ValueError(
+                f"--{key.replace('_', '-')} {getattr(args, key)}: {args.out} was started with "
+                f"{value}. A resumed run goes on as it began: leave the flag out, or choose "
+                "another --out"
+            )
+    return args, checkpoint
+
+
+def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """(rank, world, device); more than one process where torchrun started us."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def micro_batch(args: argparse.Namespace, world: int) -> int:
+    """Images of one forward on one rank."""
+    parts = world * args.accumulate
+    micro, rest = divmod(args.batch_size, parts)
+    if rest or micro < 1:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
+            f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
+        )
+    if micro == 1 and args.bn != "none":
+        raise ValueError(
+            f"--batch-size {args.batch_size} leaves a (micro-)batch of 1 image: BatchNorm has no "
+            "statistics on the 1x1 map. Use a larger --batch-size, a smaller --accumulate, or "
+            "--bn none"
+        )
+    return micro
+
+
+def check_memory(model: ScratchDet, micro: int, args: argparse.Namespace) -> float:
+    """GiB of a step; ValueError with the flag that helps where they are not free."""
+    device = model.priors_cxcywh.device
+    needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
+    if needed > free:
+        parts = next((n for n in range(2, micro) if micro % n == 0
+                      and memory_needed(model, micro // n, args.bf16) < free), None)  # fmt: skip
+        remedy = (
+            f"--accumulate {args.accumulate * parts} (BatchNorm then sees {micro // parts} images)"
+            if parts
+            else "--width 0.25 or a smaller --batch-size"
+        )
+        raise ValueError(
+            f"a step of {micro} images of {args.backbone} needs about {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free on {device}. Try {remedy}"
+        )
+    return needed / 2**30
+
+
+def forward_backward(network, model: ScratchDet, batches, args: argparse.Namespace) -> tuple:
+    """The gradients of one step -> (log (5,), rows of `records` used).
+
+    log: loss_loc, loss_conf, positives an image, L2 norm of the gradients, 0. The loss of each
+    micro-batch is divided by its own positives, then they are averaged, as are ranks (Caffe).
+    """
+    device = model.priors_cxcywh.device
+    log, images = torch.zeros(5, device=device), []
+    for i in range(args.accumulate):
+        batch = next(batches)
+        images += batch.indices.tolist()
+        batch = data.Batch(*(t.to(device, non_blocking=True) for t in batch))
+        inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
+        ranks_wait = dist.is_initialized() and i < args.accumulate - 1  # gradients meet once a step
+        with network.no_sync() if ranks_wait else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
+            loss_loc, loss_conf, positives = multibox_loss(
+                loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
+            )
+            ((loss_loc + loss_conf) / args.accumulate).backward()
+        log[:3] += torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach()
+    log[:3] /= args.accumulate
+    if args.log_gradients:
+        log[3] = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if dist.is_initialized():
+        dist.all_reduce(log)
+        log /= dist.get_world_size()
+    return log, images
+
+
+def update(optimizer: torch.optim.Optimizer, model: ScratchDet, ema: dict | None, step: int, args):
+    """One step of SGD at the learning rate of `step`; clears the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args) * group["lr_factor"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:
+        average_weights(ema, model, args.ema)
+
+
+def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
+    """Measured on real steps. Afterwards the `states` (modules, optimizer) are as they were."""
+    before = [deepcopy(x.state_dict()) for x in states]
+    times = []
+    while len(times) < 3 or sum(times) < at_least:
+        begin = time.perf_counter()
+        one_step()
+        times.append(time.perf_counter() - begin)
+    for x, state in zip(states, before, strict=True):
+        x.load_state_dict(state)
+    mean = torch.tensor(sum(times[1:]) / (len(times) - 1))  # the first one warms up
+    if dist.is_initialized():
+        dist.broadcast(mean, 0)
+    return mean.item()
+
+
+def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) -> None:
+    """A loss or gradient that is not a number: stop, naming all that is known, or say so."""
+    kept = Path(args.out) / "nonfinite.json"
+    kept.write_text(json.dumps({**line, "images": images}, indent=1))
+    what = (
+        f"step {line['step']}: loss {line['loss']:g} (loc {line['loc']:g}, conf {line['conf']:g}), "
+        f"gradient norm {line['grad_norm']:g} at learning rate {line['lr']:g}"
+    )
+    if not args.skip_nonfinite:
+        raise ValueError(
+            f"not finite at {what}. The images of this step are listed in {kept}; last.pt is the "
+            "checkpoint before it. Try a smaller --lr (without BN in the backbone 0.001), a "
+            "--warmup, or --skip-nonfinite"
+        )
+    print(f"\nskipped, not finite: {what}")
+
+
+def show_progress(line: dict, total: int, seconds_left: float, end: str) -> None:
+    """The live line."""
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
+    days = f"{int(seconds_left // 86400)}d " if seconds_left >= 86400 else ""
+    print(
+        f"step {line['step'] + 1}/{total}  loss {line['loss']:.3f} (loc {line['loc']:.3f} conf "
+        f"{line['conf']:.3f})  {line['positives']:.1f} positives/image  gradient "
+        f"{line['grad_norm']:.2f}  lr {line['lr']:.2g}  {line['images_per_s']:.1f} images/s  ETA "
+        f"{days}{left}",
+        end=end,
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train, then evaluate. Returns the results of the evaluation."""
+    args, checkpoint = resolve(argv)
+    rank, world, device = start_ranks(args)
+    micro, lead, out = micro_batch(args, world), rank == 0, Path(args.out)
+    say = print if lead else lambda *_: None
+    keep_large_tensors()
+    torch.manual_seed(args.seed)
+
+    # The data, the network, the optimizer.
+    train, test, classes = read_data(args)
+    config = Config(
+        backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
+        stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors,
+    )  # fmt: skip
+    model = ScratchDet(config).to(device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
+    gib = check_memory(model, micro, args)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    ema, first, skipped = deepcopy(model.state_dict()) if args.ema else None, 0, 0
+    if checkpoint:
+        if tuple(checkpoint["config"]["classes"]) != classes:
+            raise ValueError(
+                f"{out}/last.pt detects {checkpoint['config']['classes']}, the data has {classes}. "
+                "Resume with the data it was started with, or choose another --out"
+            )
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        ema, first, skipped = (checkpoint[key] for key in ("ema", "step", "skipped"))
+    network = torch.compile(model) if args.compile else model
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+    model.train()
+
+    def stream(step: int):
+        return data.batches(
+            train, config.size, batch_size=micro, seed=args.seed, augment=args.augment,
+            start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
+            keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
+        )  # fmt: skip
+
+    # The plan, said before the first step.
+    say(f"commit {commit()}, torch {torch.__version__}, {machine(device)}, {world} process(es)")
+    say(ops.describe())
+    say(summary(model))
+    say(f"{len(train):,} training images, {len(test):,} to evaluate, {len(classes)} classes")
+    if not checkpoint:
+        batches = stream(0)
+
+        def one_step():
+            log, _ = forward_backward(network, model, batches, args)
+            update(optimizer, model, None, 0, args)
+            log.tolist()
+
+        step_seconds = seconds_a_step(one_step, (model, optimizer), 3 * (args.minutes or 0))
+        if args.minutes:
+            args.iterations = max(1, int(args.minutes * 60 / step_seconds))
+    say(
+        f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
+        f"({args.iterations * args.batch_size / len(train):.1f} epochs), learning rate {args.lr:g} "
+        f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
+    )
+    if not checkpoint:
+        hours = args.iterations * step_seconds / 3600
+        say(f"this will take about {hours:.2g} hours and {gib:.1f} GiB on {device}")
+        if hours > 24 * 14:
+            say("that is weeks: `--minutes 60` trains as well as an hour allows")
+    log_file = None
+    if lead:
+        (out / "detections").mkdir(parents=True, exist_ok=True)
+        cut_log(out / "log.jsonl", first)
+        about = {"args": vars(args), "config": asdict(config), "commit": commit()}
+        about |= {"machine": machine(device), "torch": torch.__version__, "processes": world}
+        (out / "run.json").write_text(json.dumps(about, indent=1))
+        log_file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+
+    def snapshot(step: int) -> None:
+        """The checkpoint of `step`, and what it detects beside the ground truth; by rank 0."""
+        if lead:
+            state = {"config": asdict(config), "args": vars(args), "step": step, "ema": ema}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"skipped": skipped, "commit": commit(), "torch": torch.__version__}
+            save(out / "last.pt", state)
+            model.eval()
+            evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
+            model.train()
+
+    # The loop. Log rows wait on the device, `every` steps, so that nothing else waits for it.
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    every = 1 if device.type == "cpu" or args.skip_nonfinite else 20
+    batches, pending, shown, begin = stream(first), [], 0.0, time.perf_counter()
+    for step in range(first, args.iterations):
+        log, images = forward_backward(network, model, batches, args)
+        pending.append((step, images, log))
+        last, finite = step + 1 == args.iterations, True
+        saving = last or (step + 1) % args.save_every == 0
+        if len(pending) == every or saving:
+            rows = torch.stack([log for *_, log in pending]).tolist()  # the only sync of the loop
+            rate = args.batch_size * (step + 1 - first) / (time.perf_counter() - begin)
+            for (at, images, _), row in zip(pending, rows, strict=True):
+                line = {"step": at, "loss": row[0] + row[1], "loc": row[0], "conf": row[1]}
+                line |= {"positives": row[2], "grad_norm": row[3], "lr": learning_rate(at, args)}
+                line |= {"images_per_s": round(rate, 2)}
+                finite = all(map(math.isfinite, row))
+                if not finite:
+                    report_nonfinite(line, [train[i].name for i in images], args)
+                if lead:
+                    log_file.write(json.dumps(line) + "\n")
+            pending = []
+            seconds_left = (args.iterations - step - 1) * args.batch_size / rate
+            if lead and (last or time.perf_counter() - shown > (1 if sys.stdout.isatty() else 20)):
+                shown = time.perf_counter()
+                end = "\r" if sys.stdout.isatty() and not last else "\n"
+                show_progress(line, args.iterations, seconds_left, end)
+        if finite:
+            update(optimizer, model, ema, step, args)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            skipped += 1
+        if saving:
+            snapshot(step + 1)
+        if stop and not last:
+            snapshot(step + 1)
+            say(f"\nstopped after {step + 1} steps; the same command with --resume goes on")
+            sys.exit(128 + stop[0])
+
+    # The result, with the averaged weights where there are any.
+    if ema:
+        model.load_state_dict(ema)
+    metric = "coco" if args.data == "coco" else "voc"
+    if metric == "voc" and all(name.startswith("2007") for name in args.eval_sets or ["2007"]):
+        metric = "voc07"
+    workers = {"workers": args.workers, "rank": rank, "world": world}
+    results = evaluation.evaluate(model.eval(), test, metric=metric, **workers)
+    if lead:
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+        print(evaluation.report(results))
+        print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"error: {e}")
