@@ -29,7 +29,7 @@ struct Chunk {
     hull = {std::min(hull.x1, b.x1), std::min(hull.y1, b.y1), std::max(hull.x2, b.x2),
             std::max(hull.y2, b.y2)};
   }
-  bool touches(Box b) const {  // false for every box that is not finite, see match_image
+  bool touches(Box b) const {
     return b.x1 < hull.x2 && b.x2 > hull.x1 && b.y1 < hull.y2 && b.y2 > hull.y1;
   }
   float iou_with(int j, Box b, float area_b) const {
@@ -62,7 +62,8 @@ void match_image(const std::vector<Chunk>& chunks, int64_t p, const Box* boxes, 
       for (int j = 0; j < CHUNK; ++j) {
         const float value = chunks[c].iou_with(j, b, area_b);
         top = std::max(top, std::bit_cast<int32_t>(value));
-        who[j] = value > best[j] ? (int32_t)i : who[j];  // the lowest box on ties
+        const int32_t better = -(value > best[j]);  // all bits set; the lowest box on ties
+        who[j] = ((int32_t)i & better) | (who[j] & ~better);  // a select would become a branch
         best[j] = value > best[j] ? value : best[j];
       }
       best_in[i * num_chunks + c] = std::bit_cast<float>(top);
