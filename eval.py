@@ -40,7 +40,7 @@ import data
 from ops.reference import decode
 from scratchdet import detect, load, make_priors
 
-SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)}  # object sides, in pixels
+SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)}  # of objects, see voc_ap
 COCO_NAMES = (  # in the order of COCOeval.stats
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
@@ -71,49 +71,53 @@ class Rows(NamedTuple):
     area: np.ndarray  # (R,) of the box, by the metric's own rule
 
 
-def flatten(records, detections, num_classes, order):
-    """All ground truth and all detections as flat arrays, images in the given order.
+def flatten(records, detections, num_classes, *, by_number=False):
+    """All ground truth and all detections as flat arrays.
 
-    Returns (gt_key, gt_xyxy, difficult, gt_area), sorted by key, and (key, xyxy, scores), sorted
-    by class, then score descending, then image, then row: the order in which both metrics count.
-    Raises ValueError where the two lists do not belong together.
+    The images come in the order of the lists or, `by_number`, in that of their names.
+
+    Returns (gt_key, gt_xyxy, difficult, gt_area), sorted by key, and (key, xyxy), sorted by class,
+    then score descending, then image and row: the order in which both metrics count.
     """
     if len(records) != len(detections):
         raise ValueError(f"{len(detections)} images of detections for {len(records)} records")
-    for record, found in zip(records, detections, strict=True):
-        d = len(found.scores)
-        if np.shape(found.boxes_xyxy) != (d, 4) or np.shape(found.labels) != (d,):
-            raise ValueError(
-                f"detections of image {record.name}: boxes (D,4), scores (D,), labels (D,) "
-                f"expected, got {np.shape(found.boxes_xyxy)}, {d}, {np.shape(found.labels)}"
-            )
-    records, detections = [records[i] for i in order], [detections[i] for i in order]
+    if by_number and all(record.name.isdecimal() for record in records):
+        order = sorted(range(len(records)), key=lambda i: int(records[i].name))
+        records, detections = [records[i] for i in order], [detections[i] for i in order]
 
-    def column(rows, name, shape, dtype):
+    def column(rows, name, dtype=np.float64, shape=(-1,)):
         parts = [np.asarray(getattr(row, name), dtype).reshape(shape) for row in rows]
         return np.concatenate([np.empty((0, *shape[1:]), dtype), *parts])
 
     def keys(rows, what):
-        labels = column(rows, "labels", (-1,), np.int64)
-        if len(labels) and not 1 <= labels.min() <= labels.max() <= num_classes:
+        counts = [len(row.labels) for row in rows]
+        labels, image = column(rows, "labels", np.int64), np.repeat(np.arange(len(rows)), counts)
+        for i in np.flatnonzero((labels < 1) | (labels > num_classes)):
+            name = records[image[i]].name
             raise ValueError(
-                f"{what}: labels {labels.min()}..{labels.max()}, expected 1..{num_classes}"
+                f"{what} of image {name}: label {labels[i]} is not in 1..{num_classes}"
             )
-        image = np.repeat(np.arange(len(rows)), [len(row.labels) for row in rows])
-        return (labels - 1) * len(records) + image, labels
+        return (labels - 1) * len(records) + image
 
-    gt_key, _ = keys(records, "ground truth")
-    by_key = np.argsort(gt_key, kind="stable")
-    fields = (("boxes_xyxy", (-1, 4), float), ("difficult", (-1,), bool), ("area", (-1,), float))
-    gt = [gt_key[by_key]] + [column(records, *field)[by_key] for field in fields]
+    gt_key = keys(records, "ground truth")
+    xyxy, difficult = (
+        column(records, "boxes_xyxy", shape=(-1, 4)),
+        column(records, "difficult", bool),
+    )
+    order = np.argsort(gt_key, kind="stable")
+    gt = [x[order] for x in (gt_key, xyxy, difficult, column(records, "area"))]
 
-    key, labels = keys(detections, "detections")
-    scores = column(detections, "scores", (-1,), np.float64)
-    xyxy = column(detections, "boxes_xyxy", (-1, 4), np.float64)
-    if not (np.isfinite(scores).all() and np.isfinite(xyxy).all()):
-        raise ValueError("detections: a score or a box is not finite")
-    by_score = np.lexsort((-scores, labels))  # stable: ties stay in the order of the images
-    return gt, (key[by_score], xyxy[by_score], scores[by_score])
+    for record, found in zip(records, detections, strict=True):
+        d = len(found.scores)
+        finite = np.isfinite(found.scores).all() and np.isfinite(found.boxes_xyxy).all()
+        if np.shape(found.boxes_xyxy) != (d, 4) or len(found.labels) != d or not finite:
+            raise ValueError(
+                f"detections of image {record.name}: expected finite boxes (D,4), scores and "
+                f"labels (D,); got {np.shape(found.boxes_xyxy)}, {d}, {len(found.labels)}"
+            )
+    key, scores = keys(detections, "detections"), column(detections, "scores")
+    order = np.lexsort((-scores, key // max(1, len(records))))  # stable: ties by image, then row
+    return gt, (key[order], column(detections, "boxes_xyxy", shape=(-1, 4))[order])
 
 
 def overlaps(det, gt, min_iou, *, plus=0.0, crowd=None):
@@ -166,10 +170,7 @@ def voc_ap(records, detections, num_classes, iou_threshold=0.5):
     ones, and so is a detection of another size that finds nothing (as in COCO).
     Labels are 1..num_classes. Raises ValueError for lists that do not belong together.
     """
-    order = range(len(records))
-    (gt_key, gt_xyxy, difficult, _), (key, xyxy, _) = flatten(
-        records, detections, num_classes, order
-    )
+    (gt_key, gt_xyxy, difficult, _), (key, xyxy) = flatten(records, detections, num_classes)
     det = Rows(key, xyxy, np.prod(xyxy[:, 2:] - xyxy[:, :2] + 1, axis=1))
     gt = Rows(gt_key, gt_xyxy, np.prod(gt_xyxy[:, 2:] - gt_xyxy[:, :2] + 1, axis=1))
 
@@ -180,37 +181,34 @@ def voc_ap(records, detections, num_classes, iou_threshold=0.5):
     found = np.full(len(key), -1)  # (D,) the row of the ground truth it looks at, or -1
     found[d[best]] = g[best]
 
-    scale = np.array([300 * 300 / max(1, r.size[0] * r.size[1]) for r in records])
-    classes, gt_classes = key // max(1, len(records)), gt_key // max(1, len(records))
+    images = max(1, len(records))
+    starts = np.searchsorted(key // images, np.arange(num_classes + 1))  # key is sorted by class
+    scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
+    side, gt_side = (
+        np.sqrt(np.maximum(rows.area * scale[rows.key % images], 0)) for rows in (det, gt)
+    )
 
     def average(low, high):
-        """AP of the ground truth whose side is in [low, high) pixels: ap11, area, curves."""
-        gt_side = np.sqrt(gt.area * scale[gt_key % len(records)]) if len(gt_key) else gt.area
+        """AP of the ground truth whose side is in [low, high): ap11, area, curves."""
         ignored = difficult | (gt_side < low) | (gt_side >= high)
-        side = (
-            np.sqrt(np.maximum(det.area, 0) * scale[key % len(records)]) if len(key) else det.area
-        )
         skip = np.where(found >= 0, np.append(ignored, False)[found], (side < low) | (side >= high))
-        row = np.flatnonzero((found >= 0) & ~skip)
-        row = np.sort(row[np.unique(found[row], return_index=True)[1]])  # the first of each box
-        counted = np.cumsum(~skip)  # detections so far that are true or false positives
-        positives = np.bincount(gt_classes[~ignored], minlength=num_classes)
-        ap11, area, curves = np.full(num_classes, np.nan), np.full(num_classes, np.nan), []
-        starts = np.searchsorted(classes, np.arange(num_classes + 1))
-        before = np.append(0, counted)[starts]  # counted before the class begins
+        rows = np.flatnonzero((found >= 0) & ~skip)
+        rows = np.sort(rows[np.unique(found[rows], return_index=True)[1]])  # first of each: tp
+        counted = np.append(0, np.cumsum(~skip))  # true and false positives before each row
+        positives = np.bincount(gt_key[~ignored] // images, minlength=num_classes)
+        ap, curves = np.full((2, num_classes), np.nan), []
         for c in range(num_classes):
-            rows = row[slice(*np.searchsorted(row, starts[c : c + 2]))]  # true positives
-            hits = np.arange(1, len(rows) + 1)
-            recall, precision = hits / max(1, positives[c]), hits / (counted[rows] - before[c])
+            tp = rows[slice(*np.searchsorted(rows, starts[c : c + 2]))]
+            hits = np.arange(1, len(tp) + 1)
+            recall = hits / max(1, positives[c])
+            precision = hits / (counted[tp + 1] - counted[starts[c]])
             curves.append((recall, precision))
             if positives[c]:
-                ap11[c], area[c] = interpolate(recall, precision, positives[c])
-        return ap11, area, curves
+                ap[:, c] = interpolate(recall, precision, positives[c])
+        return *ap, curves
 
     ap11, area, curves = average(0, np.inf)
-    by_size = {}
-    for name, (low, high) in SIZES.items():
-        by_size[name] = tuple(mean(ap) for ap in average(low, high)[:2])
+    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
     return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
 
 
@@ -290,12 +288,8 @@ def coco_ap(records, detections, num_classes):
     (num_classes,), NaN for a class without ground truth. Labels are 1..num_classes.
     Raises ValueError for lists that do not belong together.
     """
-    names = [record.name for record in records]
-    order = range(len(names))
-    if all(name.isdecimal() for name in names):
-        order = sorted(order, key=lambda i: int(names[i]))
-    (gt_key, gt_xyxy, crowd, gt_area), (key, xyxy, _) = flatten(
-        records, detections, num_classes, order
+    (gt_key, gt_xyxy, crowd, gt_area), (key, xyxy) = flatten(
+        records, detections, num_classes, by_number=True
     )
     by_image = np.argsort(key, kind="stable")  # the rank of each among its class and image
     _, first, count = np.unique(key[by_image], return_index=True, return_counts=True)
@@ -484,16 +478,16 @@ def report(result):
         return f"{'-' if x is None else format(x, '.4f'):>10}"
 
     columns = ["ap_11point", "ap_area"] + ["ap_coco"] * ("coco" in result)
-    width = max(12, *map(len, result["per_class"]))
+    sizes = {f"{name}, {low} to {min(high, 300)} px": name for name, (low, high) in SIZES.items()}
+    width = max(map(len, [*result["per_class"], *sizes])) + 1
     lines = [f"{'class':{width}}" + "".join(f"{c[3:]:>10}" for c in columns)]
     for name, row in result["per_class"].items():
         lines.append(f"{name:{width}}" + "".join(cell(row[c]) for c in columns))
     lines.append(f"{'mean':{width}}{cell(result['mAP_11point'])}{cell(result['mAP_area'])}")
-    for name, (low, high) in SIZES.items():
+    lines.append("by size: side of the object in the network's 300x300 image")
+    for text, name in sizes.items():
         row = result["by_size"][name]
-        side = f"{name}, {low}-{high} px" if high < np.inf else f"{name}, {low} px-"
-        lines.append(f"{side:{width}}{cell(row['mAP_11point'])}{cell(row['mAP_area'])}")
-    lines[-3] += "   side of the object in the network's 300x300 image"
+        lines.append(f"{text:{width}}{cell(row['mAP_11point'])}{cell(row['mAP_area'])}")
     if "coco" in result:
         lines += [f"{name:{width}}{cell(value)}" for name, value in result["coco"].items()]
     kind = {"voc07": "11-point, VOC2007", "voc": "area", "coco": "COCO AP"}[result["metric"]]
@@ -604,25 +598,26 @@ def draw(image, boxes_xyxy, labels, scores, classes):
     Without scores (None) they are ground truth: green, named inside at the bottom. Letters stay
     legible in pictures of 300 to 500 pixels and grow with larger ones.
     """
-    image = image.convert("RGB")
-    pen, colour = ImageDraw.Draw(image), GREEN if scores is None else ORANGE
-    letters = max(12, max(image.size) // 32)
+    image = image.convert("RGB").copy()
+    pen, letters = ImageDraw.Draw(image), max(12, max(image.size) // 32)
+    box_colour, ink = (GREEN, "white") if scores is None else (ORANGE, "black")
     try:
         font = ImageFont.load_default(letters)
     except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType
         font = ImageFont.load_default()
-    # weakest first, so that the strongest is on top
-    for i in np.argsort(np.zeros(len(labels)) if scores is None else scores, kind="stable"):
-        x0, y0, x1, y1 = (float(v) for v in boxes_xyxy[i])
-        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=1 + letters // 8)
+    order = range(len(labels)) if scores is None else np.argsort(scores)  # the best comes on top
+    for x0, y0, x1, y1 in np.asarray(boxes_xyxy, float)[order].tolist():
+        corners = (x0, y0, max(x0, x1), max(y0, y1))
+        pen.rectangle(corners, outline=box_colour, width=1 + letters // 8)
+    for i in order:
+        x0, y0, _, y1 = (float(v) for v in boxes_xyxy[i])
         text = classes[labels[i] - 1] + ("" if scores is None else f" {scores[i]:.2f}")
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
         w, h = right - left + 4, bottom - top + 4
-        x = min(max(0, x0), max(0, image.width - w))
-        y = y1 - h if scores is None else y0 - h
-        y = min(max(0, y), max(0, image.height - h))
-        pen.rectangle((x, y, x + w, y + h), fill=colour)
-        pen.text((x + 2 - left, y + 2 - top), text, fill="white", font=font)
+        x = max(0, min(x0, image.width - w))
+        y = max(0, min(y1 - h if scores is None else y0 - h, image.height - h))
+        pen.rectangle((x, y, x + w, y + h), fill=box_colour)
+        pen.text((x + 2 - left, y + 2 - top), text, fill=ink, font=font)
     return image
 
 
