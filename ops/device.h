@@ -97,4 +97,14 @@ __device__ float load(const void* data, int64_t i, ScalarType type) {
   }
 }
 
+// IoU of two boxes of a list, or 0 where their groups differ.
+__device__ float overlap(const Box* boxes, const int64_t* groups, int i, int j) {
+  return groups[i] == groups[j] ? iou(boxes[i], area(boxes[i]), boxes[j], area(boxes[j])) : 0;
+}
+
+// Waits for the GPU.
+inline Tensor on_host(const Tensor& x) {
+  return torch::stable::to(x, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -2,44 +2,20 @@
 // meaning). The host waits for nothing and the launches depend on K alone: a CUDA graph records it.
 //
 //   sort     every box, by (score descending, index ascending)                          sort.h
-//   then for each panel of 4096 boxes in that order:
-//   mask     64 x 64 tiles; bit c of word (r, w): box r suppresses box 64 w + c, if it is kept
+//   and for each panel of 4096 boxes in that order:
+//   mask     64 x 64 tiles; bit c of word (r, w): box r suppresses box 64 w + c          tile.h
 //   scan     one block walks down the panel 64 boxes at a time and learns which are kept
 //   suppress every box after the panel: does a kept one overlap it?
 //
 // A mask of all K boxes at once would be K^2 / 8 bytes: 1.25 GB for 100,000. A panel's is 2 MB and
 // stays in the L2 cache, and the boxes after it are compared with survivors only.
-#include "sort.h"
+#include "tile.h"
 
 namespace {
 
 constexpr int kPanel = 4096;
 constexpr int kWords = kPanel / 64;  // of one row of the mask
 constexpr int kThreads = threads(256, 64);
-
-// grid (columns, rows) of tiles, 64 threads = the rows of a tile; the tile's columns in shared
-// memory. Tiles below the diagonal are never read: a box suppresses only those after it.
-__global__ void __launch_bounds__(64)
-    mask_kernel(const Box* boxes, const int64_t* groups, int count, float threshold, Key* mask) {
-  __shared__ Box box[64];
-  __shared__ int64_t group[64];
-  const int t = threadIdx.x, row = blockIdx.y * 64 + t, first = blockIdx.x * 64;
-  if (blockIdx.x < blockIdx.y) return;
-  const int columns = min(64, count - first);
-  if (t < columns) {
-    box[t] = boxes[first + t];
-    group[t] = groups[first + t];
-  }
-  __syncthreads();
-  if (row >= count) return;
-  const Box mine = boxes[row];
-  const int64_t my_group = groups[row];
-  Key word = 0;
-  for (int c = blockIdx.x == blockIdx.y ? t + 1 : 0; c < columns; ++c)
-    if (group[c] == my_group && iou(mine, area(mine), box[c], area(box[c])) > threshold)
-      word |= Key(1) << c;
-  mask[int64_t(row) * kWords + blockIdx.x] = word;
-}
 
 // grid (1). For each chunk of 64 boxes: thread 0 settles the chunk by its own 64 x 64 tile, then
 // thread (part, w) adds the survivors' rows to word w of those that are gone.
@@ -114,25 +90,20 @@ Tensor nms(const Tensor& boxes_xyxy, const Tensor& scores, const Tensor& groups,
   const int64_t rows = min(k, int64_t(kPanel));
   Tensor mask = torch::stable::new_empty(groups, {rows, kWords});
   Tensor kept = torch::stable::new_empty(groups, {kWords});
-  Key* mask_words = reinterpret_cast<Key*>(mask.mutable_data_ptr<int64_t>());
   Key* kept_words = reinterpret_cast<Key*>(kept.mutable_data_ptr<int64_t>());
-  const float threshold = float(iou_threshold);
   for (int64_t first = 0; first < k; first += kPanel) {
     const int count = int(min(k - first, int64_t(kPanel)));
-    const unsigned tiles = (count + 63) / 64;
     const Box* box = c.sorted.box + first;
     const int64_t* group = c.sorted.group + first;
-    LAUNCH(mask_kernel, dim3(tiles, tiles), 64, 0, device.stream)(box, group, count, threshold,
-                                                                  mask_words);
-    CHECK_LAUNCH();
+    launch_tiles(box, group, count, iou_threshold, mask, device.stream);
     LAUNCH(scan_kernel, 1, kThreads, 0, device.stream)(
-        mask_words, count, c.sorted.index + first, c.sorted.gone + first, kept_words,
+        reinterpret_cast<const Key*>(mask.const_data_ptr<int64_t>()), count, c.sorted.index + first, c.sorted.gone + first, kept_words,
         keep.mutable_data_ptr<bool>());
     CHECK_LAUNCH();
     const int64_t after = k - first - count;
     if (after == 0) break;
     LAUNCH(suppress_kernel, divide_up(after, kThreads), kThreads, 0, device.stream)(
-        box, group, kept_words, box + count, group + count, int(after), threshold,
+        box, group, kept_words, box + count, group + count, int(after), float(iou_threshold),
         c.sorted.gone + first + count);
     CHECK_LAUNCH();
   }
