@@ -1,0 +1,48 @@
+"""Fixtures that several test files share, and what keeps the suite cheap.
+
+    pytest              the default tier: three CPU minutes at most, after the first build
+    pytest -m slow      kills and resumes, mutants, sanitizers, fuzz, overfitting: minutes
+    pytest -m cuda      what only a GPU can show
+
+SCRATCHDET_DATA names a folder with VOCdevkit/ and coco/; without it the tests of real data skip.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # also where pytest is started from another folder
+
+# One thread: tensors are small here, and threads that wait for each other cost CPU time. Tests of
+# threads set their own number.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with VOCdevkit/ and coco/, or a skip."""
+    root = os.environ.get("SCRATCHDET_DATA")
+    if not root:
+        pytest.skip("SCRATCHDET_DATA is not set: no real data (a folder with VOCdevkit/ and coco/)")
+    if not Path(root).is_dir():
+        pytest.fail(f"SCRATCHDET_DATA={root}: no such folder")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def voc_root(data_root) -> Path:
+    """The folder that holds VOC2007/."""
+    root = data_root / "VOCdevkit"
+    if not (root / "VOC2007").is_dir():
+        pytest.skip(f"no VOC2007/ in {root}")
+    return root
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """Of this test alone: tests give the same in any order."""
+    return torch.Generator().manual_seed(0)
