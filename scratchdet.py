@@ -311,7 +311,7 @@ class Head(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         def flatten(x: Tensor, k: int) -> Tensor:  # (N, A*k, H, W) -> (N, H*W*A, k)
-            return x.permute(0, 2, 3, 1).reshape(len(x), -1, k)
+            return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, k)
 
         # zip stops at the shorter: a small test image has fewer maps
         loc = [flatten(conv(m), 4) for m, conv in zip(maps, self.loc, strict=False)]
@@ -523,21 +523,19 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        config = Config.from_dict(checkpoint["config"])
-        weights = checkpoint["ema"] or checkpoint["model"]
+        model = ScratchDet(Config.from_dict(checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
     except (
-        pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError,
+        pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError,
         TypeError, AttributeError, ValueError,
     ) as e:  # fmt: skip
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        why = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(
             f"{path}: not a checkpoint of train.py, or damaged ({why[:150]}). Expected a file such "
             "as runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
         ) from None
-    model = ScratchDet(config).to(device)
-    model.load_state_dict(weights)
     return model.eval(), checkpoint
 
 
