@@ -195,7 +195,7 @@ def _load():
             _say(
                 f"no {device.upper()} kernels: {error}.\n  So on {device.upper()} tensors the ops "
                 "run as plain PyTorch: the same results, 10 to 100 times slower.\n"
-                "  SCRATCHDET_OPS=reference silences this; SCRATCHDET_OPS=require makes it an error."
+                "  SCRATCHDET_OPS=reference silences this, SCRATCHDET_OPS=require makes it an error."
             )
 
 

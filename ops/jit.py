@@ -47,7 +47,7 @@ def build(name, sources, flags=(), *, emulate=False, load=True):
         flags.append("-DSCRATCHDET_EMULATE")
     folder = _root() / _folder_name(name, flags, cuda)
     digest = hashlib.sha256()
-    for path in [*sources, *sorted(OPS.glob("*.h")), *sorted(OPS.glob("*.cuh"))]:
+    for path in [*sources, *sorted(OPS.rglob("*.h"))]:
         if not path.exists():
             raise BuildError(f"{path} is missing. Restore it (git checkout ops), then run again")
         digest.update(str(path).encode() + path.read_bytes())

@@ -47,9 +47,7 @@ def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def match(
-    priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshold: float
-) -> Tensor:
+def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshold: float) -> Tensor:
     """The box each prior has to learn: (P,4), (T,4), (N+1,) int64 -> (N,P) int64.
 
     Image n owns rows offsets[n]:offsets[n+1] of `boxes_xyxy`. The result is a row of
