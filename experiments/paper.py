@@ -1,0 +1,680 @@
+"""Every table and figure of the paper as commands: what it reports, what to run, what we got.
+
+    python experiments/paper.py                         all rows, with commands
+    python experiments/paper.py table1 --scale laptop   run what is missing, then write docs/
+
+Scales. `full`: the paper's own networks and schedules (weeks on one GPU). `gpu`: the same networks
+in a budget of --minutes or --images a run. `laptop`: narrow networks in such a budget, on the data
+of --voc-root or on drawn shapes; at most four hours on two cores for a table, with the defaults.
+A number of one scale says nothing about another's; the paper's stand beside them as the paper's.
+
+Runs go one after another (--jobs at once). Stopped by Ctrl-C, SIGTERM or --stop-after, each writes
+its checkpoint, and the same command goes on. Flags behind `--` are handed to train.py.
+
+Finished runs are read from --runs (results.json, nonfinite.json, log.jsonl of train.py); the tables
+(Markdown) and figures (SVG) are written to --out. Faster R-CNN (section 4.2.1) is out of scope.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments import figures
+
+ROOT = Path(__file__).parents[1]
+SCALES = ("laptop", "gpu", "full")
+
+
+class Row(NamedTuple):
+    """One row of a table: a network to train, or (`test`) another test of a trained one."""
+
+    key: str  # names its folder of runs; rows of two tables with one key share their runs
+    what: str
+    paper: str  # the paper's number, in the paper's unit
+    flags: str = ""  # of train.py, at full scale
+    laptop: str | None = None  # what the laptop scale puts in place of `flags`; None: not run there
+    test: str = ""  # flags of eval.py: the row tests the last checkpoint of `key` again
+    needs: str = "voc"  # voc | coco | both; "server": as voc, but a test server has the answers
+    full_only: bool = False
+
+
+class Table(NamedTuple):
+    title: str
+    metric: str  # of results.json
+    rows: tuple[Row, ...]
+    minutes: float  # of a run at the laptop scale, where neither --minutes nor --images is given
+    pace: str  # key of the run that turns minutes into iterations, for all rows
+    claims: tuple[tuple[str, str, str], ...] = ()  # (better, worse, the paper's words in ours)
+    notes: str = ""
+
+
+# The laptop's network of Table 1 is ResNet-18 with the strided stem: VGG-16 of the same width costs
+# eight times as much. No warm-up there either: it would hide what diverges.
+SMALL = "--width 0.25 --batch-size 16"
+SMALL_VGG = f"--recipe ssd120k --backbone resnet18 {SMALL}"
+SMALL_VOC = f"--recipe voc07 --lr 0.05 {SMALL}"
+
+
+def batchnorm_rows():
+    """Table 1: the paper's number for each learning rate and place of BN."""
+    paper = {
+        0.001: ("67.6", "71.0", "72.8", "71.8", "77.1", "77.6"),
+        0.01: ("NaN", "75.6", "77.8", "77.3", "76.9", "78.2"),
+        0.05: ("NaN", "NaN", "78.0", "78.7", "NaN", "75.5"),
+    }
+    modes = ("none", "head", "backbone", "all", "head", "all")
+    for lr, numbers in paper.items():
+        for column, (bn, number) in enumerate(zip(modes, numbers, strict=True)):
+            key, what = f"bn-{bn}-{lr}", f"BN {bn}, learning rate {lr}"
+            flags, laptop = f"--bn {bn} --lr {lr}", f"{SMALL_VGG} --bn {bn} --lr {lr}"
+            if (
+                column >= 4
+            ):  # which columns these are was reconstructed from the table's check-marks
+                file = "vgg16_bn.pth" if bn == "all" else "vgg16.pth"
+                key, what, laptop = f"pretrained-{key}", f"{what}, {file} of ImageNet", None
+                flags += f" --pretrained WEIGHTS/{file}"
+            yield Row(key, what, number, f"--recipe ssd120k --backbone vgg16 {flags}", laptop)
+
+
+def root_rows():
+    """Table 2: the first convolutions of ResNet-18."""
+    paper = {
+        2: {(7, 1): 73.1, (3, 1): 73.2, (3, 2): 74.9, (3, 3): 75.4},
+        1: {(7, 1): 77.6, (3, 1): 77.8, (3, 2): 78.1, (3, 3): 78.5, (3, 4): 78.4, (3, 5): 78.5},
+    }
+    fps = {
+        2: {(7, 1): 59.5, (3, 1): 62.9, (3, 2): 58.1, (3, 3): 54.5},
+        1: {(7, 1): 37.0, (3, 1): 37.2, (3, 2): 31.5, (3, 3): 26.9, (3, 4): 24.3, (3, 5): 21.8},
+    }
+    for stride, numbers in paper.items():
+        for (kernel, convs), number in numbers.items():
+            name = "resnet18" if stride == 2 else "resnet18-b" if kernel == 7 else "root-resnet18"
+            stem = f"--stem {kernel} {convs} {stride}"
+            small = kernel == 3 and (stride, convs) in ((2, 1), (1, 1), (1, 3))
+            yield Row(
+                f"stride{stride}-{kernel}x{kernel}-{convs}",
+                f"{'with' if stride == 2 else 'no'} down-sampling, {convs} of {kernel}x{kernel}",
+                f"{number} ({fps[stride][kernel, convs]} FPS, Tesla P40)",
+                f"--recipe voc07 --backbone {name} {stem}",
+                f"{SMALL_VOC} --backbone {name} {stem}" if small else None,
+            )
+
+
+TABLE1, TABLE2 = tuple(batchnorm_rows()), tuple(root_rows())
+BY_KEY = {row.key: row for row in TABLE1 + TABLE2}
+FIGURE1 = {  # key of the run: as the figure calls it
+    "bn-none-0.001": "no BN, learning rate 0.001",
+    "bn-head-0.001": "BN in the head, 0.001",
+    "bn-head-0.01": "BN in the head, 0.01",
+}
+ROOT34 = "--backbone root-resnet34"
+VOC12_SETS = "--train-sets 2007:trainval 2007:test 2012:trainval"
+DSOD = "--recipe voc07 --backbone dsod300 --lr 0.1 --drops 0.2 0.4 0.6 0.8"  # its own schedule
+TRANSFER = "--recipe voc07 --init-from COCO_RUN/last.pt --lr 0.001"
+COCO_SMALL = f"--recipe coco {ROOT34} --lr 0.05 {SMALL}"
+
+TABLES = {
+    "table1": Table(
+        "Table 1: BatchNorm, the learning rate and pretraining (SSD300, VGG-16)",
+        "mAP_11point",
+        TABLE1,
+        minutes=10,
+        pace="bn-all-0.01",
+        claims=(
+            ("bn-head-0.001", "bn-none-0.001", "BN in the head helps (at 0.001)"),
+            ("bn-backbone-0.001", "bn-none-0.001", "BN in the backbone helps (at 0.001)"),
+            ("bn-all-0.001", "bn-none-0.001", "BN everywhere helps (at 0.001)"),
+            ("bn-head-0.01", "bn-none-0.01", "BN in the head helps (at 0.01)"),
+            ("bn-all-0.01", "bn-none-0.01", "BN everywhere helps (at 0.01)"),
+            ("bn-all-0.05", "bn-none-0.05", "BN everywhere helps (at 0.05)"),
+            ("bn-all-0.05", "bn-head-0.05", "at 0.05 BN in the head alone is not enough"),
+            ("bn-head-0.01", "bn-head-0.001", "with BN in the head a larger rate is better"),
+            ("bn-all-0.05", "bn-all-0.001", "with BN everywhere a larger rate is better"),
+            ("bn-all-0.05", "bn-backbone-0.05", "at 0.05 BN everywhere beats the backbone's alone"),
+        ),
+        notes="At the laptop scale the network is ResNet-18 with the strided stem, not VGG-16.",
+    ),
+    "table2": Table(
+        "Table 2: the root block (Root-ResNet-18)",
+        "mAP_11point",
+        TABLE2,
+        minutes=45,
+        pace="stride1-3x3-3",
+        claims=(
+            ("stride1-3x3-1", "stride2-3x3-1", "no down-sampling in the first convolution helps"),
+            ("stride1-3x3-3", "stride1-3x3-1", "three 3x3 convolutions beat one"),
+            ("stride1-3x3-3", "stride2-3x3-1", "the root block as a whole helps"),
+            ("stride1-3x3-3", "stride2-7x7-1", "the root block beats ResNet-18's own stem"),
+        ),
+    ),
+    "table3": Table(
+        "Table 3: VOC 2007 and 2012 (ScratchDet300, Root-ResNet-34), and DSOD (section 4.2.1)",
+        "mAP_11point",
+        (
+            Row("voc07", "ScratchDet300, VOC 2007", "80.4 (17.8 FPS, TITAN X)",
+                f"--recipe voc07 {ROOT34}", f"{SMALL_VOC} {ROOT34}"),
+            Row("voc07", "ScratchDet300+, VOC 2007", "84.1", test="--multi-scale", laptop=""),
+            Row("voc12", "ScratchDet300, VOC 2012", "78.5",
+                f"--recipe voc12 {ROOT34} {VOC12_SETS}", needs="server", full_only=True),
+            Row("voc12", "ScratchDet300+, VOC 2012", "83.6", test="--multi-scale",
+                needs="server", full_only=True),
+            Row("dsod300", "DSOD300, VOC 2007", "77.7", DSOD, f"{DSOD} {SMALL}"),
+            Row("dsod300-no-bn", "DSOD300 without BN, VOC 2007", "71.5", f"{DSOD} --bn none",
+                f"{DSOD} {SMALL} --bn none"),
+        ),
+        minutes=30,
+        pace="voc07",
+        claims=(("dsod300", "dsod300-no-bn", "DSOD needs BN"),),
+        notes="VOC 2012 is measured by its server: `eval.py CHECKPOINT --eval-sets 2012:test "
+        "--comp4 FILE.tar.gz` writes what it takes. The learning rate of DSOD without BN is not "
+        "in the paper; if 0.1 diverges, that is the result.",
+    ),
+    "table4": Table(
+        "Table 4: COCO (ScratchDet300, Root-ResNet-34)",
+        "mAP",
+        (
+            Row("coco", "ScratchDet300, COCO test-dev", "32.7", f"--recipe coco {ROOT34}",
+                COCO_SMALL, needs="coco"),
+            Row("coco", "ScratchDet300+, COCO test-dev", "39.1", test="--multi-scale", laptop="",
+                needs="coco"),
+        ),
+        minutes=60,
+        pace="coco",
+        notes="test-dev is measured by its server; here val2017. The paper trains on trainval35k, "
+        "whose 118,287 images are those of train2017.",
+    ),
+    "table5": Table(
+        "Table 5: COCO, then VOC (ScratchDet300, Root-ResNet-34)",
+        "mAP_11point",
+        (
+            Row("coco-voc07", "ScratchDet300, VOC 2007", "84.0", f"{TRANSFER} {ROOT34}",
+                f"{TRANSFER} {ROOT34} {SMALL}", needs="both"),
+            Row("coco-voc07", "ScratchDet300+, VOC 2007", "86.3", test="--multi-scale", laptop="",
+                needs="both"),
+            Row("coco-voc12", "ScratchDet300, VOC 2012", "82.1",
+                f"{TRANSFER} {ROOT34} {VOC12_SETS}", needs="server", full_only=True),
+            Row("coco-voc12", "ScratchDet300+, VOC 2012", "86.3", test="--multi-scale",
+                needs="server", full_only=True),
+        ),
+        minutes=30,
+        pace="coco-voc07",
+        notes="Run table4 first: it starts from that run. The paper does not give this schedule; "
+        "the learning rate is DSOD's, the drops are VOC's.",
+    ),
+    "figure1": Table(
+        "Figure 1: loss and gradients, with and without BN (SSD300, VGG-16)",
+        "mAP_11point",
+        tuple(BY_KEY[key]._replace(what=what) for key, what in FIGURE1.items()),
+        minutes=10,
+        pace="bn-all-0.01",
+        notes="The paper does not define the fluctuation of the gradient's norm; ours is the "
+        "moving average of |g(t) - g(t-1)|, g being the L2 norm of all gradients.",
+    ),
+    "figure3": Table(
+        "Figure 3: from ResNet-18 to Root-ResNet-18",
+        "mAP_11point",
+        (
+            BY_KEY["stride2-7x7-1"]._replace(what="ResNet-18", paper="73.1"),
+            Row("resnet18-a", "ResNet-18-A: without the max-pooling", "75.3",
+                "--recipe voc07 --backbone resnet18-a", f"{SMALL_VOC} --backbone resnet18-a"),
+            BY_KEY["stride1-7x7-1"]._replace(what="ResNet-18-B: without the stride", paper="77.6"),
+            BY_KEY["stride1-3x3-3"]._replace(what="Root-ResNet-18", paper="78.5"),
+        ),
+        minutes=45,
+        pace="stride1-3x3-3",
+    ),
+    "time": Table(
+        "Section 4.6: training time",
+        "hours",
+        (
+            Row("coco", "ScratchDet300 from scratch, COCO, 4 x P40", "84.6 h",
+                f"--recipe coco {ROOT34}", COCO_SMALL, needs="coco"),
+            Row("", "the same from a pretrained network", "29.7 h"),
+        ),
+        minutes=60,
+        pace="coco",
+        notes="The paper does not name the pretrained network and its schedule, so there is no "
+        "command for its second number. Hours are those of all pieces of the run.",
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ what there is
+
+
+def outcome(folder):
+    """One run, from its folder: a dict with "state" done | diverged | stopped, or None."""
+    log, found = [], {}
+    if (folder / "log.jsonl").exists():
+        lines = (json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines())
+        log = [line for line in lines if "loss" in line]
+    if (folder / "results.json").exists():
+        found = {"state": "done"} | json.loads((folder / "results.json").read_text())
+    elif (folder / "nonfinite.json").exists():
+        step = json.loads((folder / "nonfinite.json").read_text())["step"]
+        found = {"state": "diverged", "step": step}
+    elif log:
+        found = {"state": "stopped", "step": log[-1]["step"] + 1}
+    else:
+        return None
+    tail = [line["loss"] for line in log[-max(1, len(log) // 20) :]]
+    found["loss"] = sum(tail) / len(tail) if tail else None  # of the last twentieth of the steps
+    found["images_per_s"] = log[-1]["images_per_s"] if log else None
+    if (folder / "run.json").exists():
+        found["run"] = json.loads((folder / "run.json").read_text())
+    pieces = []
+    if (folder / "cost.jsonl").exists():
+        pieces = [json.loads(s) for s in (folder / "cost.jsonl").read_text().splitlines()]
+    found["hours"] = sum(p["seconds"] for p in pieces) / 3600 if pieces else None
+    found["cpu_minutes"] = sum(p["cpu_seconds"] for p in pieces) / 60 if pieces else None
+    return found
+
+
+def outcomes(row, scale, runs):
+    """Of all seeds of a row: {seed: outcome}."""
+    found = {}
+    for folder in sorted((runs / scale / row.key).glob("seed*")) if row.key else ():
+        one = outcome(folder)
+        if one and row.test:  # another test of the same run
+            again = folder / f"{test_name(row)}.json"
+            one = one | json.loads(again.read_text()) if again.exists() else None
+        if one:
+            found[int(folder.name.removeprefix("seed"))] = one
+    return found
+
+
+def test_name(row):
+    return row.test.strip("-").replace(" ", "").replace("--", "-")
+
+
+def values(found, metric):
+    """The numbers of the finished runs: percent, or hours."""
+    factor = 1 if metric == "hours" else 100
+    got = [one.get(metric) for one in found.values() if one["state"] == "done"]
+    return [factor * v for v in got if v is not None]
+
+
+def spread(numbers):
+    """Mean and range in words. [18.2, 19.0] -> "18.6 [18.2, 19.0]"."""
+    if not numbers:
+        return "-"
+    mean = sum(numbers) / len(numbers)
+    return f"{mean:.1f}" + (f" [{min(numbers):.1f}, {max(numbers):.1f}]" if numbers[1:] else "")
+
+
+def result(found, metric):
+    """All seeds of a row in one cell."""
+    diverged = sorted(one["step"] for one in found.values() if one["state"] == "diverged")
+    stopped = sum(one["state"] == "stopped" for one in found.values())
+    parts = [spread(values(found, metric))] if values(found, metric) else []
+    if diverged:
+        parts.append(f"diverged at step {', '.join(map(str, diverged))}")
+    if stopped:
+        parts.append(f"{stopped} unfinished")
+    return "; ".join(parts) or "not run"
+
+
+def verdict(better, worse, metric):
+    """What our runs say to "better > worse". Nothing, inside the spread of the seeds."""
+    a, b = values(better, metric), values(worse, metric)
+    a_lost, b_lost = ([o for o in x.values() if o["state"] == "diverged"] for x in (better, worse))
+    if len(a) + len(a_lost) < 2 or len(b) + len(b_lost) < 2:
+        return "no claim: fewer than two seeds of each"
+    if a_lost or b_lost:
+        if a and not a_lost and not b:
+            return f"yes: every run of the other diverged ({len(b_lost)} of {len(b_lost)})"
+        if b and not b_lost and not a:
+            return f"no, the other way round: every run of it diverged ({len(a_lost)})"
+        return f"no claim: {len(a_lost)} and {len(b_lost)} runs diverged"
+    difference = sum(a) / len(a) - sum(b) / len(b)
+    if min(a) > max(b):
+        return f"yes, by {difference:.1f}: every seed above every seed of the other"
+    if max(a) < min(b):
+        return f"no, the other way round, by {-difference:.1f}"
+    return f"no claim: {difference:+.1f} lies inside the spread of the seeds"
+
+
+# ------------------------------------------------------------------------------ what to run
+
+
+def folder_of(row, scale, seed, runs):
+    return runs / scale / row.key / f"seed{seed}"
+
+
+def command(row, scale, seed, args, budget=()):
+    """What trains (or, for a row with `test`, tests again) this row: a list of words."""
+    folder = folder_of(row, scale, seed, args.runs)
+    roots = [("voc", "--voc-root", args.voc_root), ("coco", "--coco-root", args.coco_root)]
+    kind = "coco" if row.needs == "coco" else "voc"
+    place = [word for name, flag, root in roots if name == kind and root for word in (flag, root)]
+    if scale == "full" and not place:
+        place = [f"--{kind}-root", "DIR"]
+    if row.test:
+        where = ["eval.py", f"{folder}/last.pt", *row.test.split(), *place]
+        where += ["--json", f"{folder}/{test_name(row)}.json"]
+        if args.eval_sets and kind == "voc":
+            where += ["--eval-sets", *args.eval_sets]
+        return ["python", *where]
+    flags = (row.laptop if scale == "laptop" else row.flags).split()
+    flags = [word.replace("WEIGHTS", args.weights or "WEIGHTS") for word in flags]
+    coco = args.runs / scale / "coco" / f"seed{seed}"
+    flags = [word.replace("COCO_RUN", str(coco)) for word in flags]
+    sets = []
+    if kind == "voc" and place and "--train-sets" not in flags:
+        sets += ["--train-sets", *args.train_sets] if args.train_sets else []
+        sets += ["--eval-sets", *args.eval_sets] if args.eval_sets else []
+    where = ["--seed", str(seed), "--out", str(folder), "--resume"]
+    return ["python", "train.py", *place, *sets, *flags, *budget, *where, *args.train_flags]
+
+
+def runs_of(table, scale):
+    """Its rows at this scale."""
+    rows = [row for row in table.rows if row.key]
+    if scale == "laptop":
+        return [row for row in rows if row.laptop is not None]
+    return rows if scale == "full" else [row for row in rows if not row.full_only]
+
+
+def cannot(row, scale, args):
+    """Why this row cannot be run with these arguments, or None."""
+    if row.needs in ("coco", "both") and not args.coco_root:
+        return "needs --coco-root"
+    if not args.voc_root and (row.needs == "both" or (row.needs != "coco" and scale != "laptop")):
+        return "needs --voc-root"
+    if "WEIGHTS" in row.flags and not args.weights:
+        return "needs --weights, the folder of torchvision's vgg16.pth and vgg16_bn.pth"
+    return None
+
+
+def find_budget(table, scale, args):
+    """The flags that limit each run of a table: the same number of images for all.
+
+    Kept in the folder of the runs, so that a table is finished as it was begun. [] means that the
+    run `table.pace` has to be started first, with --minutes, to find how much that is.
+    """
+    if scale == "full":
+        return []
+    plan = args.runs / scale / f"{table.pace}.plan.json"
+    if not plan.exists():
+        pace = folder_of(row_of(table.pace), scale, args.seeds[0], args.runs) / "run.json"
+        if args.images:
+            words = command(row_of(table.pace), scale, 0, args)
+            batch = int(words[words.index("--batch-size") + 1]) if "--batch-size" in words else 128
+            iterations = max(1, args.images // batch)
+        elif pace.exists():
+            iterations = json.loads(pace.read_text())["args"]["iterations"]
+        else:
+            return []
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_text(json.dumps({"iterations": iterations}))
+    return ["--iterations", str(json.loads(plan.read_text())["iterations"])]
+
+
+def row_of(key):
+    """The row that trains `key`."""
+    return next(r for t in TABLES.values() for r in t.rows if r.key == key and not r.test)
+
+
+def start(words, folder, threads):
+    """The process of one run. It prints to out.txt in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with open(folder / "out.txt", "a") as out:
+        print(f"$ {shlex.join(words)}", file=out, flush=True)
+        words = [sys.executable, str(ROOT / words[1]), *words[2:]]
+        return subprocess.Popen(words, stdout=out, stderr=out, env=environment)
+
+
+def run_missing(table, scale, args):
+    """Train and test what is missing -> (how many runs failed, whether all were reached)."""
+    budget = find_budget(table, scale, args)
+    rows = [r for r in runs_of(table, scale) if not args.only or r.key in args.only]
+    todo = [(row, seed) for seed in args.seeds for row in rows]
+    if scale != "full" and not budget:  # the pace first
+        pace = row_of(table.pace)
+        todo = [(pace, args.seeds[0])] + [x for x in todo if x != (pace, args.seeds[0])]
+    todo.sort(key=lambda x: bool(x[0].test))  # tests after all training
+    minutes = args.minutes or (table.minutes if scale == "laptop" else None)
+    if scale == "gpu" and not budget and not minutes:
+        raise ValueError("--scale gpu needs --minutes or --images: how long is one run to be?")
+
+    running, failed, stopped = {}, 0, []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    deadline = time.monotonic() + 60 * args.stop_after if args.stop_after else float("inf")
+    while todo or running:
+        if todo and not stopped and len(running) < args.jobs and (budget or not running):
+            row, seed = todo.pop(0)
+            folder = folder_of(row, scale, seed, args.runs)
+            found = outcomes(row, scale, args.runs).get(seed)
+            reason = cannot(row, scale, args)
+            if row.test and not (folder / "results.json").exists():
+                reason = "its training has not finished"
+            if (found and found["state"] != "stopped") or reason:
+                if reason:
+                    print(f"{row.key} seed {seed}{' ' + row.test if row.test else ''}: {reason}")
+                continue
+            limit = budget or (["--minutes", str(minutes)] if scale != "full" else [])
+            words = command(row, scale, seed, args, limit)
+            if args.jobs > 1:  # one thread and no loader processes: the runs share the cores
+                words += ["--workers", "0"]
+            print(time.strftime("%H:%M:%S"), shlex.join(words), flush=True)
+            process = start(words, folder, 1 if args.jobs > 1 else None)
+            running[process.pid] = (process, row, seed, time.monotonic())
+            continue
+        if todo and stopped:
+            todo = []
+        time.sleep(0.2)
+        if not budget and scale != "full":
+            budget = find_budget(table, scale, args)
+        if time.monotonic() > deadline and not stopped:
+            stopped.append(signal.SIGTERM)
+        if stopped and stopped[-1] is not None:
+            for process, *_ in running.values():
+                process.send_signal(signal.SIGTERM)
+            stopped.append(None)  # told once
+        for pid, (process, row, seed, begin) in list(running.items()):
+            done, status, usage = os.wait4(pid, os.WNOHANG)
+            if not done:
+                continue
+            process.returncode = os.waitstatus_to_exitcode(status)  # wait4 took it from Popen
+            del running[pid]
+            failed += finish(row, scale, seed, begin, usage, process.returncode, args)
+            if not budget and scale != "full" and not find_budget(table, scale, args):
+                todo = []  # the run that sets the pace did not start
+    return failed, not stopped
+
+
+def finish(row, scale, seed, begin, usage, code, args):
+    """Book what a run has cost and say how it ended. 1 if it failed, else 0."""
+    folder = folder_of(row, scale, seed, args.runs)
+    cost = {"seconds": time.monotonic() - begin, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    if not row.test:
+        with open(folder / "cost.jsonl", "a") as file:
+            file.write(json.dumps(cost) + "\n")
+    found = outcomes(row, scale, args.runs).get(seed) or {"state": "nothing"}
+    state = found["state"]
+    if state == "done":
+        state = f"mAP {found['mAP'] or 0:.3f}"
+    elif state != "nothing":
+        state += f" at step {found['step']}"
+    minutes = cost["cpu_seconds"] / 60
+    print(f"{time.strftime('%H:%M:%S')} {row.key} seed {seed}: {state}, {minutes:.1f} CPU minutes")
+    if code == 0 or code >= 128 or code < 0 or found["state"] == "diverged":
+        return 0
+    tail = "\n    ".join((folder / "out.txt").read_text().splitlines()[-5:])
+    print(f"  failed with code {code}; the end of {folder}/out.txt:\n    {tail}", flush=True)
+    return 1
+
+
+# ------------------------------------------------------------------------------ what it says
+
+
+def listing(args):
+    """All rows: the paper's number, ours at each scale, the full command."""
+    for name, table in TABLES.items():
+        print(f"\n{name} - {table.title}")
+        for row in table.rows:
+            ours = []
+            for scale in SCALES:
+                found = outcomes(row, scale, args.runs)
+                if found:
+                    ours.append(f"{scale}: {result(found, table.metric)}")
+            print(f"  {row.what}\n      the paper's {row.paper}; ours {'; '.join(ours) or 'none'}")
+            if row.key:
+                print(f"      {shlex.join(command(row, 'full', 0, args))}")
+        if table.notes:
+            print(f"  Note: {table.notes}")
+    print("\nFaster R-CNN, one sentence of section 4.2.1 (67.2 from scratch), is out of scope.")
+
+
+def markdown(name, scale, args):
+    """The page of one table at one scale."""
+    table, rows = TABLES[name], runs_of(TABLES[name], scale)
+    found = {(row.key, row.test): outcomes(row, scale, args.runs) for row in rows}
+    unit = "hours" if table.metric == "hours" else "mAP in %"
+    lines = [f"# {table.title}: scale `{scale}`", ""]
+    lines += [f"Written by `{shown(['python', 'experiments/paper.py', *sys.argv[1:]], args)}`."]
+    lines += ["", *describe(found), ""]
+    if table.notes:
+        lines += [table.notes, ""]
+    lines += [
+        f"| row | the paper's (its data and schedule) | ours, {unit}: mean [lowest, highest] "
+        "| seeds | loss at the end | images/s | CPU minutes a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        some = found[row.key, row.test]
+        cells = [row.what, row.paper, result(some, table.metric), str(len(some))]
+        for field, digits in (("loss", 2), ("images_per_s", 1), ("cpu_minutes", 1)):
+            got = [one[field] for one in some.values() if one.get(field) is not None]
+            cells.append(f"{sum(got) / len(got):.{digits}f}" if got else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    if table.claims:
+        lines += ["", "What these runs say to the paper's claims:", ""]
+        for a, b, text in table.claims:
+            if (a, "") in found and (b, "") in found:
+                answer = verdict(found[a, ""], found[b, ""], table.metric)
+                lines.append(f"- {text} (`{a}` against `{b}`): {answer}.")
+    lines += ["", "Commands (seed 0):", "", "```"]
+    budget = find_budget(table, scale, args)
+    lines += [shown(command(row, scale, 0, args, budget), args) for row in rows]
+    return "\n".join([*lines, "```", ""])
+
+
+def shown(words, args):
+    """A command as it may be published: where the data lies is this machine's affair."""
+    places = {args.voc_root: "DIR", args.coco_root: "COCO_DIR", args.weights: "WEIGHTS"}
+    return shlex.join([places.get(word, word) for word in words])
+
+
+def describe(found):
+    """Commits, machines, torch, images: of the runs that the numbers come from."""
+    about = [one["run"] for some in found.values() for one in some.values() if "run" in one]
+    if not about:
+        return ["Nothing has been run yet."]
+    facts = []
+    for title, get in (
+        ("commit", lambda r: r["commit"]),
+        ("torch", lambda r: r["torch"]),
+        ("on", lambda r: r["machine"]),
+        ("training images seen a run", lambda r: r["args"]["iterations"] * r["args"]["batch_size"]),
+        ("data", lambda r: r["args"]["data"]),
+        ("trained on", lambda r: " ".join(r["args"]["train_sets"] or ["the default sets"])),
+        ("measured on", lambda r: " ".join(r["args"]["eval_sets"] or ["the default sets"])),
+        ("seeds", lambda r: r["args"]["seed"]),
+    ):
+        different = sorted({str(get(r)) for r in about})
+        facts.append(f"{title} {', '.join(different)}")
+    return ["; ".join(facts) + "."]
+
+
+def write(name, scale, args):
+    """The page and the figure of a table, into --out."""
+    table = TABLES[name]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "figures").mkdir(exist_ok=True)
+    page, picture = args.out / f"{name}-{scale}.md", args.out / "figures" / f"{name}-{scale}.svg"
+    text = markdown(name, scale, args)
+    rows = runs_of(table, scale)
+    if name == "figure1":
+        curves = {
+            row.what: figures.read_log(folder_of(row, scale, args.seeds[0], args.runs))
+            for row in rows
+        }
+        svg = figures.gradients({what: log for what, log in curves.items() if log})
+    else:
+        dots = [(r.what + " " + r.test, outcomes(r, scale, args.runs)) for r in rows]
+        svg = figures.dots([(what, values(o, table.metric)) for what, o in dots], table.title)
+    picture.write_text(svg)
+    page.write_text(text + f"\n![{table.title}](figures/{picture.name})\n")
+    print(f"wrote {page} and {picture}")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("table", nargs="?", choices=list(TABLES), help="none: list all rows")
+    add("--scale", choices=SCALES, default="laptop")
+    add("--voc-root", metavar="DIR", help="as of train.py; without it `laptop` trains on shapes")
+    add("--coco-root", metavar="DIR", help="as of train.py")
+    add("--weights", metavar="DIR", help="holds torchvision's vgg16.pth and vgg16_bn.pth")
+    add("--train-sets", nargs="+", metavar="SET", help="as of train.py")
+    add("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
+    add("--seeds", type=int, nargs="+", help="default: 0 1 2 at the laptop scale, else 0")
+    add(
+        "--minutes", type=float, help="of the run that sets the pace; the others see as many images"
+    )
+    add("--images", type=int, help="training images of each run, instead of --minutes")
+    add("--only", nargs="+", metavar="KEY", help="run these rows alone (keys: the listing's --out)")
+    add("--jobs", type=int, default=1, help="runs at once; more than one: a thread each")
+    add("--stop-after", type=float, metavar="MINUTES", help="stop all then; go on another time")
+    add("--runs", type=Path, default=Path("runs/paper"), help="folder of all runs")
+    add("--out", type=Path, default=Path("docs"), help="folder of the pages and figures")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.train_flags = argv[cut + 1 :]
+    args.seeds = args.seeds or ([0, 1, 2] if args.scale == "laptop" else [0])
+    if args.minutes and args.images:
+        parser.error("--minutes and --images both limit a run: give one")
+    keys = [row.key for row in TABLES[args.table].rows] if args.table else []
+    unknown = set(args.only or ()) - set(keys)
+    if unknown:
+        parser.error(f"--only {' '.join(sorted(unknown))}: {args.table} has {', '.join(keys)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: expected 1 or more")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.table is None:
+        listing(args)
+        return 0
+    failed, reached = run_missing(TABLES[args.table], args.scale, args)
+    write(args.table, args.scale, args)
+    if not reached:
+        print("stopped; the same command goes on")
+    return 1 if failed else 0 if reached else 130
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as e:
+        sys.exit(f"error: {e}")
