@@ -50,6 +50,7 @@ COCO_RECALLS = np.linspace(0.0, 1.0, 101)
 COCO_BEST = np.array((1, 10, 100))  # detections a class and image that count
 COCO_AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large
 PAIRS_AT_ONCE = 1 << 20  # bounds the memory of the IoUs to some 100 MB
+SECONDS = 5.0  # that each number of --fps is measured for
 
 
 class Detections(NamedTuple):
@@ -729,7 +730,7 @@ def hardware(device):
 
 
 @torch.no_grad()
-def frames_per_second(model, records, *, batch_size, seconds=5.0):
+def frames_per_second(model, records, *, batch_size):
     """Images/s (network alone, network and detect), float32, on warped images already in memory."""
     device = model.priors_cxcywh.device
     some = (records * batch_size)[:batch_size]
@@ -738,7 +739,7 @@ def frames_per_second(model, records, *, batch_size, seconds=5.0):
     rates = []
     for with_nms in (False, True):
         done, start = -2, None  # two rounds to warm up
-        while start is None or time.perf_counter() - start < seconds:
+        while start is None or time.perf_counter() - start < SECONDS:
             loc, logits = model(x)
             if with_nms:
                 detect(loc, logits, model.priors_cxcywh)
