@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,12 @@ except ImportError:  # Windows
 
 
 def render(
-    record: Record, source_xyxy: tuple, size: int, pixels: np.ndarray | None = None
+    record: Record,
+    source_xyxy: tuple,
+    size: int,
+    *,
+    mirrored: bool = False,
+    pixels: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """A rectangle of the image, which may reach beyond it, as a canvas of `size` x `size`.
 
@@ -84,22 +90,25 @@ def render(
         box[axis] = max(0.0, (low + first * unit) * length)
         box[axis + 2] = min(float(length), (low + last * unit) * length)
     x0, y0, x1, y1 = inside
-    shrink = min((box[2] - box[0]) / (x1 - x0), (box[3] - box[1]) / (y1 - y0))
+    shrink = (box[2] - box[0]) / (x1 - x0), (box[3] - box[1]) / (y1 - y0)
     if pixels is None:
         image = open_record(record)
-        if image.format == "JPEG" and shrink >= 2:  # decode at 1/2, 1/4 or 1/8: DCT scaling
-            factor = min(8, 1 << int(math.log2(shrink)))
+        if image.format == "JPEG" and min(shrink) >= 2:  # decode at 1/2, 1/4 or 1/8: DCT scaling
+            factor = min(8, 1 << int(math.log2(min(shrink))))
             image.draft(None, (image.width // factor, image.height // factor))
             factor = round(record.size[0] / image.width)
             box = [min(side / factor, image.size[i % 2]) for i, side in enumerate(box)]
         image = decode(image, record)
-    else:  # only the part that the filter reads; 4: its support at most, on either side
-        margin = math.ceil(max(box[2] - box[0], box[3] - box[1]) / size) + 4
+    else:  # only the part that the filter reads: it reaches `shrink` pixels beyond the box
+        margin = math.ceil(max(shrink)) + 1
         left, top = max(0, int(box[0]) - margin), max(0, int(box[1]) - margin)
         part = pixels[top : int(box[3]) + margin + 1, left : int(box[2]) + margin + 1]
         image = Image.fromarray(np.ascontiguousarray(part))
         box = [box[0] - left, box[1] - top, box[2] - left, box[3] - top]
     resized = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=tuple(box))
+    if mirrored:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        x0, x1 = size - x1, size - x0
     canvas[y0:y1, x0:x1] = np.asarray(resized)
     return canvas, (x0, y0, x1, y1)
 
@@ -232,22 +241,29 @@ def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
 def prepare(batch: "Batch", config) -> Tensor:
     """What the network sees: (N, 3, S, S) float32, channels_last, on the device of the batch.
 
-    Colour, then `config.mean` outside the image, then (x - mean) / std in `config.channels`.
+    Colour, then (x - mean) / std in the order of `config.channels`; outside the image the mean,
+    which is 0 then.
     """
     images = batch.images
     mean = torch.tensor(config.mean, device=images.device)[:, None, None]  # (3, 1, 1), 0..255
     std = torch.tensor(config.std, device=images.device)[:, None, None]
-    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
-    pixel = torch.arange(images.shape[-1], device=images.device)  # (S,)
-    x0, y0, x1, y1 = batch.inside[:, :, None].unbind(1)  # (N, 1) each
-    columns, rows = (pixel >= x0) & (pixel < x1), (pixel >= y0) & (pixel < y1)  # (N, S)
-    covered = (rows[:, None, :, None] & columns[:, None, None, :]).float()  # (N, 1, S, S)
-    step = len(images) if images.is_cuda else 1  # on a CPU one image at a time stays in its cache
-    for n in range(0, len(images), max(1, step)):
-        some = slice(n, n + step)
-        x = images[some].float().contiguous()
-        x = (distort(x, batch.colour[some]) - mean) / std * covered[some]
-        out[some] = x if config.channels == "rgb" else x.flip(1)
+
+    def normalise(pixels: Tensor, colour: Tensor) -> Tensor:  # (n, 3, h, w) uint8 -> float
+        x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        x = (distort(x, colour) - mean) / std
+        return x if config.channels == "rgb" else x.flip(1)
+
+    if images.is_cuda:
+        pixel = torch.arange(images.shape[-1], device=images.device)  # (S,)
+        x0, y0, x1, y1 = batch.inside[:, :, None].unbind(1)  # (N, 1) each
+        columns, rows = (pixel >= x0) & (pixel < x1), (pixel >= y0) & (pixel < y1)  # (N, S)
+        covered = rows[:, None, :, None] & columns[:, None, None, :]  # (N, 1, S, S)
+        x = normalise(images, batch.colour).where(covered, 0.0)
+        return x.contiguous(memory_format=torch.channels_last)
+    out = torch.zeros_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+    for n, (x0, y0, x1, y1) in enumerate(batch.inside.tolist()):  # one image stays in the cache
+        part = slice(n, n + 1), slice(None), slice(y0, y1), slice(x0, x1)
+        out[part] = normalise(images[part], batch.colour[n : n + 1])
     return out
 
 
@@ -304,15 +320,17 @@ class Dataset(torch.utils.data.Dataset):
             source = np.concatenate([corner + part[:2] * side, corner + part[2:] * side])
             colour = draw_colour(rng)
         boxes, labels = project(boxes, labels, source)
+        mirrored = self.augment != "none" and rng.random() < 0.5
+        if mirrored:
+            boxes = flip(boxes)
         pixels = None
         if self.cache is not None:
             (w, h), start = record.size, self.starts[index]
             pixels = memory_map(self.cache)[start : start + w * h * 3].reshape(h, w, 3)
-        image, (x0, y0, x1, y1) = render(record, tuple(source.tolist()), self.size, pixels)
-        if self.augment != "none" and rng.random() < 0.5:
-            image, boxes = image[:, ::-1], flip(boxes)
-            x0, x1 = self.size - x1, self.size - x0
-        return image, (x0, y0, x1, y1), colour, boxes, labels, index
+        image, inside = render(
+            record, tuple(source.tolist()), self.size, mirrored=mirrored, pixels=pixels
+        )
+        return image, inside, colour, boxes, labels, index
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> "Batch | BadData":
         try:
@@ -406,13 +424,19 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool) -> Iterator
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else it draws from the global one, which resuming restores
     )
+    # torch reports a dead worker from a signal handler, that is in the middle of anything, such as
+    # writing a checkpoint. Without it the wait for the next batch finds out, within 5 s.
+    handler = signal.getsignal(signal.SIGCHLD) if fcntl else None
+    stream = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
     try:
-        for batch in loader:
+        for batch in stream:
             if isinstance(batch, BadData):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
             f"a data worker died ({str(error).splitlines()[0]}). If it was killed, memory or "

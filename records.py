@@ -35,7 +35,7 @@ VOC_CLASSES = tuple(
     "person pottedplant sheep sofa train tvmonitor".split()
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no EPS: it runs a program
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no EPS: it runs a program
 MAX_BYTES = {".xml": 16 << 20, ".txt": 64 << 20, ".json": 4 << 30}
 MAX_DEPTH = 16  # of nested XML elements; VOC needs 4
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuse 89 Mpixel at the header
@@ -57,8 +57,11 @@ class BadData(ValueError):
     """What is wrong with the data, and where: a file, or FILE:LINE."""
 
     def __init__(self, where: object, what: str):
-        super().__init__(f"{where}: {what}")
+        super().__init__(str(where), what)
         self.where, self.what = str(where), what
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 class Findings:

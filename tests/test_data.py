@@ -1,0 +1,522 @@
+"""From records to batches: the SSD augmentation against slow, plain versions of itself."""
+
+import colorsys
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import batches, crop, distort, expand, flip, ordered_batches, prepare, project, render
+from shapes import draw_image, outline
+
+CONFIG = SimpleNamespace(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0), channels="rgb")
+WHOLE = [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory):
+    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=14, num_test=3)
+
+
+@pytest.fixture(scope="session")
+def records(shapes_root):
+    return data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)[0]
+
+
+def record_of(path, boxes, size=None, labels=None, difficult=None):
+    boxes = np.array(boxes, np.float64).reshape(-1, 4)
+    labels = np.ones(len(boxes), np.int64) if labels is None else np.array(labels)
+    difficult = np.zeros(len(boxes), bool) if difficult is None else np.array(difficult)
+    size = size or Image.open(path).size
+    return data.Record(Path(path).stem, Path(path), size, boxes, labels, difficult, np.zeros(0))
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- geometry
+
+
+def plain_crop(boxes, rng):
+    """SSD's samplers as loops, written from their description: one box in, one rectangle out."""
+    found = [WHOLE]
+    for low in (0.1, 0.3, 0.5, 0.7, 0.9, None):
+        for _ in range(50):
+            scale = rng.uniform(0.3, 1)
+            ratio = rng.uniform(max(0.5, scale**2), min(2, 1 / scale**2))
+            w, h = scale * ratio**0.5, scale / ratio**0.5
+            x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+            ious = []
+            for x0, y0, x1, y1 in boxes:
+                wide, tall = min(x1, x + w) - max(x0, x), min(y1, y + h) - max(y0, y)
+                both = max(wide, 0) * max(tall, 0)
+                ious.append(both / (w * h + (x1 - x0) * (y1 - y0) - both))
+            if ious and (low is None or max(ious) >= low):
+                found.append([x, y, x + w, y + h])
+                break
+    return found[rng.integers(len(found))]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[0.1, 0.2, 0.9, 0.8]],
+        [[0.4, 0.4, 0.6, 0.7], [0.05, 0.1, 0.3, 0.2]],
+        [[0.5, 0.5, 0.51, 0.52]],
+    ],
+)
+def test_crop_is_distributed_like_the_plain_loops(boxes):
+    boxes, rng = np.array(boxes), np.random.default_rng(1)
+    ours = np.array([crop(boxes, rng) for _ in range(1500)])
+    plain = np.array([plain_crop(boxes.tolist(), rng) for _ in range(500)])
+    whole = [(rows == WHOLE).all(axis=1) for rows in (ours, plain)]
+    assert whole[0].mean() == pytest.approx(whole[1].mean(), abs=0.08)  # 3.3 sigma
+    for measure in (
+        lambda c: (c[:, 2] - c[:, 0]) * (c[:, 3] - c[:, 1]),
+        lambda c: np.log((c[:, 2] - c[:, 0]) / (c[:, 3] - c[:, 1])),
+        lambda c: c[:, 0],
+        lambda c: c[:, 3],
+    ):
+        a, b = measure(ours[~whole[0]]), measure(plain[~whole[1]])
+        error = (a.var() / len(a) + b.var() / len(b)) ** 0.5
+        assert abs(a.mean() - b.mean()) < 4 * error
+        assert a.std() == pytest.approx(b.std(), rel=0.15)
+
+
+def test_crop_keeps_the_whole_as_often_as_the_samplers_that_succeed_say():
+    rng = np.random.default_rng(2)
+
+    def kept(boxes, draws=2000):
+        return np.mean([(crop(np.array(boxes), rng) == WHOLE).all() for _ in range(draws)])
+
+    assert kept(np.zeros((0, 4)), 50) == 1.0  # without a box no sampler succeeds
+    assert kept([[0.5, 0.5, 0.502, 0.502]]) == pytest.approx(1 / 2, abs=0.04)  # only "any crop"
+    assert kept([WHOLE]) == pytest.approx(1 / 7, abs=0.03)  # all of them
+
+
+def test_crops_have_their_sizes_and_overlap_as_the_chosen_sampler_asks():
+    rng, box = np.random.default_rng(3), np.array([[0.3, 0.3, 0.7, 0.6]])
+    crops = np.array([crop(box, rng) for _ in range(1000)])
+    assert crops.min() >= 0
+    assert crops.max() <= 1
+    sides = crops[:, 2:] - crops[:, :2]
+    assert (sides.prod(axis=1) >= 0.3**2 - 1e-9).all()  # scale**2
+    ratio = sides[:, 0] / sides[:, 1]
+    assert ratio.min() > 0.5 - 1e-9
+    assert ratio.max() < 2 + 1e-9
+    corner = np.maximum(crops[:, :2], box[:, :2])
+    inter = (np.minimum(crops[:, 2:], box[:, 2:]) - corner).clip(0).prod(1)
+    iou = inter / (sides.prod(1) + 0.12 - inter)
+    # The whole (IoU .12), any crop, and the samplers for .1, .3, .5 succeed: a fifth each, nearly.
+    assert np.mean(iou < 0.1) < 0.08  # only "any crop"; the other samplers see to it
+    assert np.mean(iou >= 0.3) > 0.36
+    assert np.mean(iou >= 0.5) > 0.14
+
+
+def test_expand_half_the_time_up_to_four_times():
+    rng = np.random.default_rng(4)
+    rectangles = np.array([expand(rng) for _ in range(4000)])
+    same_size = (rectangles == WHOLE).all(axis=1)
+    assert same_size.mean() == pytest.approx(0.5, abs=0.03)
+    grown = rectangles[~same_size]
+    ratio = grown[:, 2] - grown[:, 0]
+    assert np.allclose(ratio, grown[:, 3] - grown[:, 1])
+    assert ratio.min() >= 1
+    assert ratio.max() <= 4
+    assert ratio.mean() == pytest.approx(2.5, abs=0.1)
+    assert (grown[:, :2] <= 0).all()  # the image lies in the canvas
+    assert (grown[:, 2:] >= 1).all()
+
+
+def test_project_keeps_boxes_by_their_centre_and_clips_them():
+    boxes = np.array([
+        [0.4, 0.4, 0.6, 0.6],  # inside
+        [0.0, 0.4, 0.5, 0.6],  # centre on the left border of the crop: inclusive
+        [0.0, 0.4, 0.4, 0.6],  # centre outside, though it reaches in
+        [0.5, 0.5, 0.5, 0.6],  # no area
+    ])  # fmt: skip
+    kept, labels = project(boxes, np.array([1, 2, 3, 4]), np.array([0.25, 0.25, 0.75, 0.75]))
+    assert labels.tolist() == [1, 2]
+    assert np.allclose(kept, [[0.3, 0.3, 0.7, 0.7], [0.0, 0.3, 0.5, 0.7]])
+    nothing, labels = project(boxes, np.arange(4), np.array([0.8, 0.8, 1.0, 1.0]))
+    assert nothing.shape == (0, 4)
+    assert len(labels) == 0
+    assert np.allclose(flip(kept), [[0.3, 0.3, 0.7, 0.7], [0.5, 0.3, 1.0, 0.7]])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "cache"])
+def test_boxes_stay_on_their_pixels(tmp_path, kind):
+    """A red rectangle on blue is found again where its box says, to a pixel, after any geometry."""
+    image = Image.new("RGB", (701, 523), (0, 0, 255))
+    image.paste((255, 0, 0), (220, 130, 500, 411))
+    path = tmp_path / f"a.{'jpg' if kind == 'jpg' else 'png'}"
+    image.save(path, **({"quality": 98, "subsampling": 0} if kind == "jpg" else {}))
+    record = record_of(path, [[220, 130, 500, 411]])
+    cache = tmp_path / "cache" if kind == "cache" else None
+    stream = batches([record], 300, batch_size=60, seed=5, num_steps=1, cache=cache)
+    batch, found = next(stream), 0
+    for n in range(60):
+        image = batch.images[n].permute(1, 2, 0).numpy().astype(int)
+        x0, y0, x1, y1 = batch.inside[n].tolist()
+        blue_or_red = (image.sum(axis=2) > 100).nonzero()
+        if len(blue_or_red[0]):  # `inside` is what the image covers
+            assert (blue_or_red[1].min(), blue_or_red[1].max() + 1) == (x0, x1)
+            assert (blue_or_red[0].min(), blue_or_red[0].max() + 1) == (y0, y1)
+        for box in batch.boxes_xyxy[batch.offsets[n] : batch.offsets[n + 1]].numpy() * 300:
+            ys, xs = (image[:, :, 0] > 127).nonzero()
+            edges = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert np.abs(edges - box).max() < 1.01, (n, edges, box)
+            found += 1
+    assert found > 40
+    inside = batch.inside
+    assert ((inside[:, 2] - inside[:, 0]) < 150).any()  # some were expanded a lot: draft was used
+
+
+def test_render_of_a_rectangle_beside_the_image_decodes_nothing(tmp_path):
+    record = record_of(tmp_path / "missing.png", [], size=(10, 10))
+    canvas, inside = render(record, (1.5, 0.0, 2.0, 0.5), 30)
+    assert inside == (0, 0, 0, 0)
+    assert not canvas.any()
+
+
+# ---- colour
+
+
+def slow_distort(pixel, order, brightness, contrast, saturation, hue):
+    """The colour steps on one RGB pixel with the standard library's HSV."""
+
+    def whole(values):
+        return [min(255, max(0, round(v))) for v in values]
+
+    def contrasted(p):
+        return whole([v * contrast for v in p])
+
+    p = whole([v + brightness for v in pixel])
+    if not order:
+        p = contrasted(p)
+    h, s, v = colorsys.rgb_to_hsv(*p)
+    p = whole(colorsys.hsv_to_rgb(h, min(1.0, s * saturation), v))
+    h, s, v = colorsys.rgb_to_hsv(*p)
+    p = whole(colorsys.hsv_to_rgb(max(0.0, h + hue / 180), s, v))
+    return contrasted(p) if order else p
+
+
+def test_distort_equals_the_slow_version():
+    rng = np.random.default_rng(6)
+    pixels = rng.integers(0, 256, (60, 3))
+    pixels[:4] = [[0, 0, 0], [255, 255, 255], [7, 7, 7], [200, 10, 10]]
+    images = torch.from_numpy(pixels.T.copy()).float().reshape(1, 3, 6, 10)
+    worst = 0
+    for _ in range(40):
+        colour = data.draw_colour(rng)
+        got = distort(images, torch.tensor([colour]))[0].reshape(3, -1).T.numpy()
+        want = np.array([slow_distort(p, *colour) for p in pixels.tolist()])
+        worst = max(worst, np.abs(got - want).max())
+        assert np.mean(got != want) < 0.01  # a half rounds either way
+    assert worst <= 1
+
+
+def test_distort_is_the_same_alone_and_in_a_batch_and_nothing_changes_nothing():
+    rng = np.random.default_rng(7)
+    images = torch.from_numpy(rng.integers(0, 256, (6, 3, 20, 20))).float()
+    colour = torch.tensor([data.draw_colour(rng) for _ in range(5)] + [(0.0, 0.0, 1.0, 1.0, 0.0)])
+    before = images.clone()
+    together = distort(images, colour)
+    alone = torch.cat([distort(images[n : n + 1], colour[n : n + 1]) for n in range(6)])
+    assert torch.equal(together, alone)
+    assert torch.equal(images, before)
+    assert torch.equal(together[5], images[5])
+    assert torch.equal(together, together.round())
+    assert together.min() >= 0
+    assert together.max() <= 255
+
+
+def test_distort_against_opencv():
+    cv2 = pytest.importorskip("cv2", reason="opencv-python is not installed")
+    rng = np.random.default_rng(8)
+    image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for saturation, hue in ((0.6, 0.0), (1.4, 0.0), (1.0, 12.0), (1.0, -15.0)):
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.float64)
+        hsv[..., 1] *= saturation
+        hsv[..., 0] += hue
+        want = cv2.cvtColor(hsv.round().clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        got = distort(x, torch.tensor([[0.0, 0.0, 1.0, saturation, hue]]))[0].permute(1, 2, 0)
+        apart = np.abs(got.numpy() - want)
+        assert np.median(apart) <= 1
+        assert np.percentile(apart, 99) <= 6  # OpenCV rounds hue to 2 degrees, S to 1/255
+
+
+def test_colour_parameters_are_drawn_as_often_and_as_far_as_specified():
+    rng = np.random.default_rng(9)
+    c = np.array([data.draw_colour(rng) for _ in range(4000)])
+    nothing = np.array([0, 0, 1, 1, 0])
+    assert np.allclose((c != nothing).mean(axis=0), 0.5, atol=0.035)
+    assert np.allclose(c.max(axis=0), [1, 32, 1.5, 1.5, 18], rtol=0.01)
+    assert np.allclose(c[:, 1:].min(axis=0), [-32, 0.5, 0.5, -18], rtol=0.02)
+
+
+def test_prepare_fills_with_the_mean_and_orders_the_channels(records):
+    batch = next(batches(records, 64, batch_size=14, seed=1))
+    x = prepare(batch, CONFIG)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    for n, (x0, y0, x1, y1) in enumerate(batch.inside.tolist()):
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        outside[y0:y1, x0:x1] = False
+        assert (x[n, :, outside] == 0).all()  # the mean, less the mean
+        pixels = distort(batch.images[n : n + 1].float(), batch.colour[n : n + 1])[0]
+        want = pixels - torch.tensor(CONFIG.mean)[:, None, None]
+        assert torch.equal(x[n, :, ~outside], want[:, ~outside])
+    scaled = SimpleNamespace(mean=CONFIG.mean, std=(58.0, 57.0, 50.0), channels="bgr")
+    bgr = prepare(batch, scaled)
+    assert torch.allclose(bgr[:, 0] * 50, x[:, 2], atol=1e-4)
+    assert torch.allclose(bgr[:, 2] * 58, x[:, 0], atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_prepare_on_the_gpu_equals_the_cpu(records):
+    batch = next(batches(records, 96, batch_size=14, seed=1))
+    there = prepare(data.to_device(batch, "cuda"), CONFIG)
+    here = prepare(batch, CONFIG)
+    assert there.is_contiguous(memory_format=torch.channels_last)
+    assert (there.cpu() - here).abs().max() <= 1  # a half may round the other way
+    assert ((there.cpu() - here) != 0).float().mean() < 1e-3
+
+
+# ---- the stream
+
+
+def test_the_stream_is_the_same_for_any_workers_and_from_any_step(records):
+    settings = {"batch_size": 4, "seed": 3, "num_steps": 8}
+    alone = list(batches(records, 64, **settings))
+    for workers in (1, 2):
+        again = list(batches(records, 64, **settings, workers=workers))
+        assert all(same(a, b) for a, b in zip(alone, again, strict=True))
+    settings["num_steps"] = 3
+    resumed = list(batches(records, 64, **settings, start_step=5, workers=1))
+    assert all(same(a, b) for a, b in zip(alone[5:], resumed, strict=True))
+    other = next(batches(records, 64, batch_size=4, seed=4))
+    assert not torch.equal(other.indices, alone[0].indices)
+
+
+def test_epochs_are_permutations_and_batches_straddle_them(records):
+    stream = batches(records, 32, batch_size=4, seed=0, augment="none", num_steps=7)
+    indices = torch.cat([batch.indices for batch in stream]).tolist()  # 28 = 2 epochs of 14
+    assert sorted(indices[:14]) == sorted(indices[14:]) == list(range(14))
+    assert indices[:14] != indices[14:]
+
+
+def test_augmentation_differs_from_epoch_to_epoch(records):
+    two = next(batches(records[:1], 64, batch_size=8, seed=0))
+    assert len({tuple(row.tolist()) for row in two.colour}) > 4
+
+
+def test_ranks_share_the_stream_of_one_process(records):
+    whole = list(batches(records, 64, batch_size=4, seed=3, num_steps=4))
+    for rank in (0, 1):
+        part = list(batches(records, 64, batch_size=4, seed=3, num_steps=2, rank=rank, world=2))
+        assert all(same(a, b) for a, b in zip(whole[rank::2], part, strict=True))
+
+
+def test_ordered_batches_end_short_and_are_plain(records, tmp_path):
+    found = list(ordered_batches(records, 64, batch_size=4))
+    assert [len(batch.images) for batch in found] == [4, 4, 4, 2]
+    assert torch.cat([batch.indices for batch in found]).tolist() == list(range(14))
+    batch = found[0]
+    assert (batch.inside == torch.tensor([0, 0, 64, 64])).all()
+    with Image.open(records[0].path) as image:
+        want = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR))
+        halves = image.size[0] >= 128 and image.size[1] >= 128
+    if halves:  # decoded at a fraction, as JPEG allows: the same picture, not the same bits
+        assert np.abs(batch.images[0].permute(1, 2, 0).numpy() - want.astype(int)).mean() < 4
+    size = np.array(records[0].size * 2)
+    rows = batch.boxes_xyxy[: batch.offsets[1]].numpy()
+    assert np.allclose(rows * size, records[0].boxes_xyxy, atol=1e-3)
+    again = list(ordered_batches(records, 64, batch_size=4, workers=1))
+    assert all(same(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_difficult_boxes_are_left_out_when_asked(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    record = record_of(
+        tmp_path / "a.png", [[1, 1, 9, 9], [9, 9, 30, 30]], labels=[1, 2], difficult=[True, False]
+    )
+    keep = {"batch_size": 1, "seed": 0, "augment": "none"}
+    assert next(batches([record], 32, **keep)).labels.tolist() == [1, 2]
+    assert next(batches([record], 32, **keep, keep_difficult=False)).labels.tolist() == [2]
+
+
+def test_images_without_boxes_and_with_5000(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 30, (5000, 2))
+    many = np.concatenate([corner, corner + rng.uniform(1, 9, (5000, 2))], axis=1)
+    for boxes, most in (([], 0), (many, 5000)):
+        record = record_of(tmp_path / "a.png", boxes)
+        batch = next(batches([record], 32, batch_size=6, seed=0))
+        assert batch.boxes_xyxy.shape == (len(batch.labels), 4)
+        assert batch.offsets[-1] == len(batch.labels) <= 6 * most
+        assert batch.boxes_xyxy.isfinite().all()
+        assert (batch.boxes_xyxy[:, 2:] > batch.boxes_xyxy[:, :2]).all()
+
+
+def test_loading_leaves_the_global_generator_alone(records):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(batches(records, 32, batch_size=2, seed=0, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_bad_image_reaches_the_main_process_in_one_line(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    record = record_of(tmp_path / "a.jpg", [[1, 1, 5, 5]], size=(10, 10))
+    for workers in (0, 1):
+        with pytest.raises(data.BadData, match="a.jpg: not an image that can be read") as caught:
+            next(batches([record], 32, batch_size=2, seed=0, workers=workers))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_killed_worker_is_a_clear_error(records):
+    stream = batches(records, 32, batch_size=2, seed=0, workers=1)
+    before = set(multiprocessing.active_children())
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="data worker died.*fewer --workers"):
+        for _ in stream:
+            pass
+
+
+def test_arguments_are_checked(records):
+    with pytest.raises(ValueError, match="expected ssd, flip or none"):
+        batches(records, 32, batch_size=2, seed=0, augment="all")
+    with pytest.raises(ValueError, match="no images"):
+        batches([], 32, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        batches(records, 32, batch_size=2, seed=0, rank=2, world=2)
+
+
+# ---- the cache
+
+
+def test_the_cache_gives_the_same_pixels_to_one_grey_level_and_is_rebuilt_when_images_change(
+    tmp_path, capsys
+):
+    rng = np.random.default_rng(1)
+    records = []
+    for i in range(3):
+        path = tmp_path / f"{i}.png"
+        noise = rng.integers(0, 256, (90 + i, 120, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        records.append(record_of(path, [[10, 10, 60, 60]]))
+    settings = {"batch_size": 30, "seed": 0, "num_steps": 1}
+    plain = next(batches(records, 48, **settings))
+    cached = next(batches(records, 48, **settings, cache=tmp_path / "cache"))
+    apart = (plain.images.int() - cached.images.int()).abs()
+    assert apart.max() <= 1  # the resize rounds its coefficients for another corner
+    assert apart.float().mean() < 0.02
+    assert same(plain[1:], cached[1:])
+    assert "decoding 3 images" in capsys.readouterr().err
+    two = next(batches(records, 48, **settings, cache=tmp_path / "cache", workers=1))
+    assert same(cached, two)
+    assert "decoding" not in capsys.readouterr().err  # found, not built again
+
+    Image.new("RGB", (120, 90), (255, 0, 0)).save(tmp_path / "0.png")  # another, of the same size
+    changed = next(batches(records, 48, **settings, cache=tmp_path / "cache"))
+    assert "decoding" in capsys.readouterr().err
+    now = next(batches(records, 48, **settings))
+    assert (changed.images.int() - now.images.int()).abs().max() <= 1
+    assert (changed.images.int() - plain.images.int()).abs().max() > 1
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 1
+
+
+def test_a_truncated_cache_is_rebuilt(tmp_path, records):
+    path = data.build_cache(records, tmp_path)
+    good = path.read_bytes()
+    path.write_bytes(good[:1000])
+    assert data.build_cache(records, tmp_path).read_bytes() == good
+
+
+def test_a_cache_that_does_not_fit_says_so_before_it_starts(tmp_path, records, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(
+        ValueError, match=r"--cache .* GB needed for 14 decoded images, 0.0 GB free"
+    ):
+        data.build_cache(records, tmp_path)
+
+
+def build(records, folder, queue):
+    queue.put(data.build_cache(records, folder))
+
+
+def test_processes_that_build_at_once_end_with_one_good_cache(tmp_path, records):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    jobs = [context.Process(target=build, args=(records, tmp_path, queue)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    assert len({queue.get(timeout=60) for _ in jobs}) == 1
+    for job in jobs:
+        job.join()
+    pixels = data.memory_map(data.build_cache(records, tmp_path))
+    w, h = records[0].size
+    image = data.decode(data.open_record(records[0]), records[0])
+    assert (pixels[: w * h * 3].reshape(h, w, 3) == np.asarray(image)).all()
+    assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".bin", ".lock"]
+
+
+# ---- shapes
+
+
+def test_shapes_are_as_specified():
+    drawn = [draw_image(np.random.default_rng((1, i))) for i in range(150)]
+    counts = np.array([len(boxes) for _, boxes, _ in drawn])
+    assert set(counts) == {1, 2, 3, 4, 5, 6}
+    boxes = np.concatenate([boxes for _, boxes, _ in drawn])
+    side = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    assert side.min() >= 20
+    assert side.max() <= 220
+    position = np.sort(np.log(side / 20) / np.log(11))  # uniform in 0..1 if log-uniform
+    gap = np.abs(position - (np.arange(len(side)) + 0.5) / len(side)).max()
+    assert gap < 1.63 / len(side) ** 0.5  # Kolmogorov-Smirnov at 1 %
+    overlapping = 0
+    for image, boxes, labels in drawn:
+        assert boxes.min() >= 0
+        assert (boxes[:, 2:] <= image.size).all()
+        assert set(labels) <= set(range(1, 7))
+        corner = np.maximum(boxes[:, None, :2], boxes[:, :2])
+        inter = (np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - corner).clip(0).prod(2)
+        overlapping += (np.tril(inter, -1) > 0).any(axis=1).sum()
+        area = np.diag(inter)
+        assert (np.triu(inter, 1).sum(axis=1) <= 0.5 * area + 1e-9).all()  # half stays uncovered
+    assert overlapping / len(position) == pytest.approx(0.2, abs=0.06)
+
+
+@pytest.mark.parametrize("shape", data.SHAPE_CLASSES)
+def test_outlines_fill_their_box(shape):
+    points = outline(shape, np.random.default_rng(0))
+    assert np.allclose(points.min(axis=0), 0)
+    assert np.allclose(points.max(axis=0), 1)
+
+
+def test_shapes_are_drawn_once_and_the_same_for_a_seed(tmp_path, shapes_root, capsys):
+    again = data.draw_shapes(tmp_path, num_train=14, num_test=3)
+    assert "drawing" in capsys.readouterr().err
+    for path in shapes_root.rglob("*.*"):
+        assert (again / path.relative_to(shapes_root)).read_bytes() == path.read_bytes()
+    assert data.draw_shapes(tmp_path, num_train=14, num_test=3) == again
+    assert "drawing" not in capsys.readouterr().err
+    train, classes = data.read_voc(again, ["2007:train"])
+    test, _ = data.read_voc(again, ["2007:test"], classes)
+    assert classes == list(data.SHAPE_CLASSES)
+    assert (len(train), len(test)) == (14, 3)
+    assert train[0].path.read_bytes() != test[0].path.read_bytes()
