@@ -554,7 +554,7 @@ def main(argv: list[str] | None = None) -> dict:
         if lead:
             state = {"config": asdict(config), "args": vars(args), "step": step, "ema": ema}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"skipped": skipped, "commit": commit(), "torch": torch.__version__}
+            state |= {"skipped": skipped, "commit": commit(), "torch": str(torch.__version__)}
             save(out / "last.pt", state)
             model.eval()
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
