@@ -1,0 +1,76 @@
+"""Compiles every .cu file for sm_80 and sm_90; no GPU is needed. CI runs it wherever nvcc is.
+
+    python ops/compile_cuda.py [FILE.cu ...]
+
+Prints registers, shared memory and spills of each kernel. Exits 1 if a file does not compile or a
+kernel spills registers to memory, and 0 without a word of success where there is no nvcc.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+OPS = Path(__file__).resolve().parent
+ARCHITECTURES = ("80", "90")  # A100, H100 and H200
+KERNEL = re.compile(r"([a-z]+_kernel)(?:ILb(\d)E)?")  # in a mangled name
+
+
+def compile_file(source, nvcc, flags):
+    """-> rows (architecture, kernel, registers, shared bytes, spilled bytes); prints errors."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *flags, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        print(f"{source}: nvcc failed\n{result.stderr}")
+        return None
+    rows = []
+    for line in result.stderr.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
+            name = KERNEL.search(found[1])
+            kernel = f"{name[1]}<{name[2]}>" if name[2] else name[1]
+            architecture = found[2]
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled = int(found[1]) + int(found[2])
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            row = (architecture, kernel, int(found[1]), int(shared[1]) if shared else 0, spilled)
+            rows.append(row)
+    return rows
+
+
+def main(arguments):
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        print("no nvcc on this machine: the CUDA files were NOT compiled")
+        return 0
+    os.environ["SCRATCHDET_OPS"] = "reference"  # import ops without building anything
+    sys.path.insert(0, str(OPS.parent))
+    from torch.utils.cpp_extension import include_paths
+
+    from ops.jit import NVCC_FLAGS
+
+    flags = NVCC_FLAGS + [f"-I{path}" for path in include_paths()]
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    sources = [Path(name) for name in arguments]
+    sources = sources or sorted(OPS.glob("*.cu")) + sorted(OPS.glob("ladder/*.cu"))
+    failed = not sources
+    print(f"{'file':18} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
+    for source in sources:
+        rows = compile_file(source, nvcc, flags)
+        failed |= not rows
+        for architecture, kernel, registers, shared, spilled in rows or []:
+            failed |= spilled > 0
+            print(
+                f"{source.name:18} {architecture:3} {kernel:18} {registers:9} {shared:13} {spilled:14}"
+            )
+        sys.stdout.flush()
+    print("FAILED" if failed else f"{len(sources)} files compiled, no spills")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
