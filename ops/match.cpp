@@ -49,6 +49,7 @@ std::vector<Chunk> chunks_of(const Box* priors, int64_t p) {
 // One image: boxes (G) -> matched (P) with row `start` for its first box.
 void match_image(const std::vector<Chunk>& chunks, int64_t p, const Box* boxes, int64_t g,
                  int64_t start, float threshold, int64_t* matched) {
+  if (p == 0) return;
   const int64_t num_chunks = chunks.size();
   std::vector<float> best_in(g * num_chunks, 0.0f);  // (G, chunks): the best IoU of each pair
   for (int64_t c = 0; c < num_chunks; ++c) {

@@ -1,0 +1,623 @@
+"""match, nms and postprocess against the reference, and the reference against brute force.
+
+The brute-force versions below share nothing with ops/reference.py: NumPy, scalar by scalar, from
+the definition. A test of a kernel skips, with the reason, where the kernel is not built.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import ops
+from ops import reference
+
+INF, NAN = float("inf"), float("nan")
+ODD_BOXES = torch.tensor(
+    [
+        [0.2, 0.2, INF, 0.6],  # infinite
+        [-INF, 0.1, 0.5, 0.5],
+        [NAN, 0.1, 0.5, 0.5],
+        [0.6, 0.2, 0.2, 0.6],  # inverted in x: negative area
+        [0.6, 0.6, 0.2, 0.2],  # inverted twice: positive area
+        [0.3, 0.3, 0.3, 0.3],  # a point
+        [0.3, 0.1, 0.3, 0.9],  # a line
+        [-1e30, -1e30, 1e30, 1e30],  # its area overflows
+        [0.0, 0.0, 1e-30, 1e-30],  # its area underflows
+        [-5.0, -5.0, 5.0, 5.0],  # far outside the image
+        [-0.0, 0.0, 0.5, 0.5],
+    ]
+)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """A device whose kernels are built."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not ops.COMPILED[request.param]:
+        pytest.skip(f"the {request.param} kernels are not built ({ops.describe()})")
+    return request.param
+
+
+# ------------------------------------------------------------------------------- cases
+
+
+def random_boxes(n, rng, *, grid=0, odd=0.0):
+    """(n,4) xyxy; on a grid of 1/`grid` (many ties and exact IoUs); a share `odd` of odd boxes."""
+    corner, size = torch.rand(n, 2, generator=rng), torch.rand(n, 2, generator=rng) * 0.5
+    boxes = torch.cat([corner, corner + size], dim=1)
+    if grid:
+        boxes = (boxes * grid).round() / grid
+    replaced = torch.rand(n, generator=rng) < odd
+    which = torch.randint(len(ODD_BOXES), (n,), generator=rng)
+    return torch.where(replaced[:, None], ODD_BOXES[which], boxes)
+
+
+def random_scores(n, rng, *, levels=0, odd=0.0):
+    """(n,), negative ones, too; `levels` > 0: that many different values; some NaN, inf and -0."""
+    scores = torch.randn(n, generator=rng)
+    if levels:
+        scores = (scores * levels).round() / levels
+    strange = torch.tensor([NAN, INF, -INF, -0.0, 0.0])
+    which = torch.randint(len(strange), (n,), generator=rng)
+    return torch.where(torch.rand(n, generator=rng) < odd, strange[which], scores)
+
+
+def random_int(low, high, rng):
+    return int(torch.randint(low, high, (), generator=rng))
+
+
+def spread(counts):
+    """Boxes of each image -> offsets (N+1,)."""
+    return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
+
+
+# ------------------------------------------------------------------------------- brute force
+
+
+def plain_iou(a, b):
+    """Of two NumPy float32 boxes, by the definition, in float32."""
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return np.float32(0)
+    zero = np.float32(0)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        width = max(zero, min(a[2], b[2]) - max(a[0], b[0]))
+        height = max(zero, min(a[3], b[3]) - max(a[1], b[1]))
+        shared = width * height
+        both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+        return shared / both if both > 0 else zero
+
+
+def plain_nms(boxes, scores, groups, threshold):
+    """For each box in turn: is there a better kept one of its group that overlaps it?"""
+    boxes, scores, groups = boxes.numpy(), scores.numpy(), groups.numpy()
+    usable = [
+        i for i in range(len(boxes)) if np.isfinite(boxes[i]).all() and np.isfinite(scores[i])
+    ]
+    kept = []
+    for i in sorted(usable, key=lambda i: (-scores[i], i)):
+        rivals = [k for k in kept if groups[k] == groups[i]]
+        if all(plain_iou(boxes[k], boxes[i]) <= np.float32(threshold) for k in rivals):
+            kept.append(i)
+    return torch.tensor([i in kept for i in range(len(boxes))], dtype=torch.bool)
+
+
+def plain_match(priors, boxes, offsets, threshold):
+    """All pairs of an image in one list, best first; take a pair where both are still free."""
+    priors, boxes = priors.numpy(), boxes.numpy()
+    result = np.full((len(offsets) - 1, len(priors)), -1)
+    for n, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        iou = {
+            (g, p): plain_iou(boxes[g], priors[p])
+            for g in range(start, end)
+            for p in range(len(priors))
+        }
+        for p in range(len(priors)):
+            best = max(range(start, end), key=lambda g: (iou[g, p], -g), default=None)  # noqa: B023
+            if best is not None and iou[best, p] >= np.float32(threshold):
+                result[n, p] = best
+        free_boxes, free_priors = set(range(start, end)), set(range(len(priors)))
+        for g, p in sorted(iou, key=lambda pair: (-iou[pair], pair)):  # noqa: B023
+            if g in free_boxes and p in free_priors and iou[g, p] > np.float32(1e-6):
+                result[n, p] = g
+                free_boxes.remove(g)
+                free_priors.remove(p)
+    return torch.from_numpy(result)
+
+
+# ------------------------------------------------------------------------------- nms
+
+
+def check_nms(boxes, scores, groups, threshold, device="cpu", expected=None):
+    if expected is None:
+        expected = reference.nms(boxes, scores, groups, threshold)
+    keep = ops.nms(boxes.to(device), scores.to(device), groups.to(device), threshold)
+    assert keep.dtype == torch.bool
+    assert torch.equal(keep.cpu(), expected), (boxes, scores, groups, threshold)
+
+
+def nms_case(rng, largest):
+    n = random_int(0, largest, rng)
+    style = dict(grid=random_int(0, 3, rng) * 8, odd=random_int(0, 3, rng) * 0.1)
+    groups = torch.randint(-1, random_int(0, 4, rng), (n,), generator=rng)
+    groups = groups * (1 << random_int(0, 62, rng))  # ids may be of any size and sign
+    scores = random_scores(n, rng, levels=random_int(0, 3, rng) * 4, odd=style["odd"])
+    threshold = (0.0, 0.25, 1 / 3, 0.45, 0.5, 0.7, 1.0)[random_int(0, 7, rng)]
+    return random_boxes(n, rng, **style), scores, groups, threshold
+
+
+def test_nms_reference_is_brute_force(rng):
+    for _ in range(300):
+        case = nms_case(rng, 16)
+        assert torch.equal(reference.nms(*case), plain_nms(*case)), case
+
+
+@pytest.mark.parametrize("cases", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_nms_random_cases(device, rng, cases):
+    for _ in range(cases):
+        check_nms(*nms_case(rng, 40), device)
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 63, 64, 65, 1000])
+def test_nms_sizes(device, rng, n):
+    for groups in (torch.zeros(n, dtype=torch.int64), torch.arange(n) % 3):
+        check_nms(random_boxes(n, rng), torch.rand(n, generator=rng), groups, 0.45, device)
+        clustered = random_boxes(n, rng, grid=2, odd=0.1)
+        check_nms(clustered, random_scores(n, rng, levels=3), groups, 0.45, device)
+
+
+@pytest.mark.slow
+def test_nms_100000(device, rng):
+    """20 places with 5,000 boxes each, in 2 groups."""
+    centres = random_boxes(20, rng)[torch.arange(100_000) % 20]
+    boxes = centres + torch.randn(100_000, 4, generator=rng) * 0.002
+    groups = torch.randint(2, (100_000,), generator=rng)
+    check_nms(boxes, torch.rand(100_000, generator=rng), groups, 0.45, device)
+
+
+def test_nms_at_the_threshold(device):
+    """IoU equal to the threshold survives; the next larger float does not."""
+    unit = [0.0, 0.0, 1.0, 1.0]
+    for numerator, denominator in [(1, 2), (1, 4), (3, 4), (9, 20), (1, 3), (7, 10), (1, 1)]:
+        part = [0.0, 0.0, numerator, 1.0]
+        whole = [0.0, 0.0, float(denominator), 1.0]
+        boxes = torch.tensor([whole, part])
+        iou = float(reference.pairwise_iou(boxes[:1], boxes[1:]))
+        assert iou == np.float32(numerator / denominator)
+        scores, groups = torch.tensor([2.0, 1.0]), torch.zeros(2, dtype=torch.int64)
+        for threshold, survives in [
+            (iou, True),
+            (float(np.nextafter(np.float32(iou), np.float32(0))), False),
+            (min(1.0, float(np.nextafter(np.float32(iou), np.float32(2)))), True),
+        ]:
+            expected = torch.tensor([True, survives])
+            check_nms(boxes, scores, groups, threshold, device, expected)
+    # .45 as Python has it lies above .45 in float32, which is what an IoU of 9/20 comes to.
+    boxes = torch.tensor([[0.0, 0.0, 20.0, 1.0], [0.0, 0.0, 9.0, 1.0], unit])
+    zero = torch.zeros(3, dtype=torch.int64)
+    check_nms(boxes, torch.tensor([3.0, 2.0, 1.0]), zero, 0.45, device, torch.ones(3) > 0)
+
+
+def test_nms_order(device):
+    """Of equal scores the first box wins, and -0 equals 0; a lower score never does."""
+    box = torch.tensor([[0.1, 0.1, 0.5, 0.5]])
+    for scores, winner in [
+        ([0.5, 0.5, 0.5], 0),
+        ([-0.0, 0.0, -1.0], 0),
+        ([-2.0, -1.0, -3.0], 1),
+        ([0.0, 1e-45, -1e-45], 1),
+        ([NAN, INF, -7.0], 2),
+    ]:
+        expected = torch.arange(3) == winner
+        zero = torch.zeros(3, dtype=torch.int64)
+        check_nms(box.expand(3, 4), torch.tensor(scores), zero, 0.5, device, expected)
+
+
+def test_nms_groups_never_touch(device, rng):
+    """A union of problems is solved as each of them: no coordinate is shifted, so none rounds."""
+    boxes, scores = random_boxes(300, rng), torch.rand(300, generator=rng)
+    groups = torch.randint(5, (300,), generator=rng) * 10**15 - 2 * 10**15
+    keep = ops.nms(boxes.to(device), scores.to(device), groups.to(device)).cpu()
+    for group in groups.unique():
+        mine = groups == group
+        alone = reference.nms(boxes[mine], scores[mine], torch.zeros(int(mine.sum())).long(), 0.45)
+        assert torch.equal(keep[mine], alone)
+    assert torch.equal(
+        ops.nms(boxes.to(device), scores.to(device)).cpu(),
+        reference.nms(boxes, scores, torch.zeros(300).long(), 0.45),
+    )
+
+
+# ------------------------------------------------------------------------------- match
+
+
+def check_match(priors, boxes, offsets, threshold, device="cpu", expected=None):
+    if expected is None:
+        expected = reference.match(priors, boxes, offsets, threshold)
+    matched = ops.match(priors.to(device), boxes.to(device), offsets.to(device), threshold)
+    assert matched.dtype == torch.int64
+    assert torch.equal(matched.cpu(), expected), (priors, boxes, offsets, threshold)
+
+
+def match_case(rng, most_priors, most_boxes, num_images=4):
+    counts = [random_int(0, most_boxes + 1, rng) for _ in range(num_images)]
+    style = dict(grid=random_int(0, 3, rng) * 4, odd=random_int(0, 3, rng) * 0.1)
+    priors = random_boxes(random_int(0, most_priors + 1, rng), rng, **style)
+    boxes = random_boxes(sum(counts), rng, **style)
+    threshold = (0.0, 1 / 3, 0.5, 0.5, 0.7, 1.0)[random_int(0, 6, rng)]
+    return priors, boxes, spread(counts), threshold
+
+
+def test_match_reference_is_brute_force(rng):
+    for _ in range(150):
+        case = match_case(rng, 12, 4, num_images=2)
+        assert torch.equal(reference.match(*case), plain_match(*case)), case
+
+
+@pytest.mark.parametrize("cases", [600, pytest.param(6000, marks=pytest.mark.slow)])
+def test_match_random_cases(device, rng, cases):
+    for _ in range(cases):
+        check_match(*match_case(rng, 30, 6), device)
+    for _ in range(cases // 20):
+        check_match(*match_case(rng, 400, 20), device)
+
+
+@pytest.mark.parametrize("p", [0, 1, 63, 64, 65, 1000, 8732])
+@pytest.mark.parametrize("counts", [[], [0], [1], [0, 3, 0], [65, 1]])
+def test_match_sizes(device, rng, p, counts):
+    if p == 8732 and sum(counts) > 3:
+        counts = [20]  # the reference takes seconds otherwise
+    priors, boxes = random_boxes(p, rng), random_boxes(sum(counts), rng)
+    check_match(priors, boxes, spread(counts), 0.5, device)
+
+
+def test_match_shared_best_prior(device):
+    """Three boxes want prior 0. The best one gets it; the others get what is free then."""
+    priors = torch.tensor([[0.0, 0.0, 0.4, 0.4], [0.3, 0.3, 0.9, 0.9], [0.6, 0.0, 1.0, 0.2]])
+    boxes = torch.tensor([[0.0, 0.0, 0.35, 0.35], [0.0, 0.0, 0.4, 0.4], [0.2, 0.2, 0.4, 0.4]])
+    expected = torch.tensor([[1, 2, -1]])  # box 0 overlaps prior 0 and, a little, prior 1 ...
+    iou = reference.pairwise_iou(boxes, priors)
+    assert (iou.argmax(dim=1) == 0).all()
+    # ... but box 2 overlaps prior 1 more, so that it comes first and box 0 is left without.
+    check_match(priors, boxes, spread([3]), 0.5, device, expected)
+
+
+def test_match_identical_boxes(device, rng):
+    """As many equal boxes as priors: each gets one, the lowest box the best prior."""
+    priors = random_boxes(70, rng) * 0.2 + 0.4
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(70, 4)
+    check_match(priors, boxes, spread([70]), 0.9, device)
+    check_match(priors[:9], boxes, spread([70]), 0.9, device)  # more boxes than priors
+    matched = ops.match(priors.to(device), boxes.to(device), spread([70]).to(device), 0.9)
+    assert sorted(matched[0].tolist()) == list(range(70))
+    check_match(boxes, boxes, spread([70]), 0.9, device, torch.arange(70)[None])  # all ties
+
+
+def test_match_at_the_threshold(device):
+    """A prior of IoU exactly .5 is positive, one of the float below is not; forced ones always."""
+    box = torch.tensor([[0.0, 0.0, 2.0, 1.0]])
+    below = float(np.nextafter(np.float32(1), np.float32(0)))
+    priors = torch.tensor([[0.0, 0, 2, 1], [0, 0, 1, 1], [0, 0, below, 1], [1, 0, 2, 1]])
+    check_match(priors, box, spread([1]), 0.5, device, torch.tensor([[0, 0, -1, 0]]))
+    check_match(priors[2:3], box, spread([1]), 0.5, device, torch.tensor([[0]]))
+    # Below an IoU of 1e-6 a box takes no prior at all.
+    far = torch.tensor([[0.0, 0.0, 1e-3, 1e-4]])
+    check_match(priors, far, spread([1]), 0.5, device, torch.full((1, 4), -1))
+
+
+def test_match_rows_count_over_the_batch(device):
+    boxes = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.5, 0.5]])
+    expected = torch.tensor([[0, -1], [-1, -1], [2, 1]])
+    check_match(boxes[:2], boxes, torch.tensor([0, 1, 1, 3]), 0.5, device, expected)
+
+
+# ------------------------------------------------------------------------------- postprocess
+
+EPS = 1e-6  # what two ways to compute a softmax or an exponential may differ by
+
+
+def fragile(loc, logits, priors, score_threshold, top_k, iou_threshold, max_detections):
+    """Could rounding alone change the detections of this image (N = 1)? From scratch, in float64.
+
+    Yes if a score lies at the threshold or an IoU at the other one, or if two priors of different
+    logits have the same score to EPS and their order matters: they overlap, or stand at a cut.
+    """
+    score = logits[0].double().softmax(dim=1)  # (P, C)
+    if (score - score_threshold).abs().min() < EPS:
+        return True
+    boxes = reference.decode(loc[0].float(), priors).double()
+    candidates = []
+    for label in range(1, score.shape[1]):
+        above = torch.nonzero(score[:, label] > score_threshold)[:, 0]
+        order = above[score[above, label].sort(descending=True, stable=True).indices]
+        s = score[order, label]
+        tie = (s[:, None] - s[None]).abs() < EPS  # (K, K)
+        same = (logits[0, order][:, None] == logits[0, order][None]).all(dim=2)
+        tie &= ~same
+        iou = reference.pairwise_iou(boxes[order], boxes[order])
+        off = ~torch.eye(len(order), dtype=torch.bool)
+        if ((iou - iou_threshold).abs() < EPS)[off].any():
+            return True
+        if (tie & (iou > iou_threshold - EPS)).any():
+            return True
+        if len(order) > top_k and tie[:top_k, top_k:].any():
+            return True
+        candidates.append(s[:top_k])
+    every = torch.cat(candidates).sort(descending=True).values if candidates else score[:0, 0]
+    close = (every[1:] - every[:-1]).abs() < EPS
+    return bool(len(every) > max_detections and close.any())
+
+
+def same_detections(mine, theirs):
+    """Are (boxes, scores, labels, count) of one image the same set, in whatever order of ties?"""
+    k = int(theirs[3])
+    if int(mine[3]) != k:
+        return False
+    (box_a, score_a, label_a), (box_b, score_b, label_b) = (
+        [x[0, :k] for x in result[:3]] for result in (mine, theirs)
+    )
+    pair = (label_a[:, None] == label_b[None]) & ((score_a[:, None] - score_b[None]).abs() < EPS)
+    size = box_b.abs().amax(dim=1).clamp(min=1)  # (k,) an error grows with the box
+    pair &= (box_a[:, None] - box_b[None]).abs().amax(dim=2) <= 4e-6 * size
+    return bool(pair.any(dim=0).all() and pair.any(dim=1).all())
+
+
+def check_postprocess(loc, logits, priors, *limits, device="cpu"):
+    """Every image equals the reference's, or rounding excuses it. -> how many were excused."""
+    result = ops.postprocess(loc.to(device), logits.to(device), priors.to(device), *limits)
+    mine = [x.cpu() for x in result]
+    theirs = reference.postprocess(loc, logits, priors, *limits)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+    excused = 0
+    for n in range(len(loc)):
+        one, other = [x[n : n + 1] for x in mine], [x[n : n + 1] for x in theirs]
+        scores, labels, k = one[1][0], one[2][0], int(one[3])
+        assert not one[0][0, k:].any()
+        assert not scores[k:].any()
+        assert not labels[k:].any()
+        assert (scores[1:] <= scores[:-1]).all()
+        if not same_detections(one, other):
+            case = loc[n : n + 1], logits[n : n + 1], priors, *limits
+            assert fragile(*case), "differs from the reference, and not by rounding"
+            excused += 1
+    return excused
+
+
+def post_case(rng, n, p, c, spread_logits=2.0, background=1.0):
+    priors = torch.cat([torch.rand(p, 2, generator=rng), torch.rand(p, 2, generator=rng) * 0.4], 1)
+    loc = torch.randn(n, p, 4, generator=rng)
+    logits = torch.randn(n, p, c, generator=rng) * spread_logits
+    logits[..., 0] += background
+    return loc, logits, priors
+
+
+@pytest.mark.parametrize("cases", [80, pytest.param(1000, marks=pytest.mark.slow)])
+def test_postprocess_random_cases(device, rng, cases):
+    images = excused = 0
+    for _ in range(cases):
+        case = post_case(
+            rng,
+            random_int(0, 4, rng),
+            random_int(0, 120, rng),
+            (1, 2, 5, 9, 21)[random_int(0, 5, rng)],
+            spread_logits=(0.3, 2.0, 6.0)[random_int(0, 3, rng)],
+            background=(-3.0, 0.0, 5.0)[random_int(0, 3, rng)],
+        )
+        top_k = (3, 20, 400)[random_int(0, 3, rng)]
+        limits = (0.0, 0.01, 0.3)[random_int(0, 3, rng)], top_k, 0.45, random_int(1, 30, rng)
+        excused += check_postprocess(*case, *limits, device=device)
+        images += len(case[0])
+    print(f"{excused} of {images} images differ from the reference by rounding")
+    assert excused <= 0.03 * images
+
+
+def test_postprocess_ties(device, rng):
+    """Rows of equal logits have equal scores: the order is fixed, and all is equal in place."""
+    for limits in [(0.01, 400, 0.45, 200), (0.01, 9, 0.45, 200), (0.01, 9, 0.3, 10)]:
+        loc, logits, priors = post_case(rng, 2, 100, 5)
+        logits = logits[:, :7].repeat_interleave(15, dim=1)[:, :100]
+        mine = ops.postprocess(loc.to(device), logits.to(device), priors.to(device), *limits)
+        theirs = reference.postprocess(loc, logits, priors, *limits)
+        assert torch.equal(mine[2].cpu(), theirs[2])
+        assert torch.equal(mine[3].cpu(), theirs[3])
+        torch.testing.assert_close(mine[0].cpu(), theirs[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mine[1].cpu(), theirs[1], rtol=0, atol=1e-6)
+    # Two classes of exactly the same score: the lower class comes first, and at the cut it stays.
+    logits = torch.tensor([[[0.0, 2.0, 2.0]]])
+    loc, priors = torch.zeros(1, 1, 4), torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    args = loc.to(device), logits.to(device), priors.to(device)
+    assert ops.postprocess(*args, max_detections=3)[2].tolist() == [[1, 2, 0]]
+    assert ops.postprocess(*args, max_detections=1)[2].tolist() == [[1]]
+
+
+@pytest.mark.parametrize("background", [8.0, 0.0], ids=["trained", "untrained"])
+def test_postprocess_full_size(device, rng, background):
+    """8,732 priors and 21 classes; untrained, every one of 174,640 pairs passes the threshold."""
+    loc, logits, priors = post_case(rng, 1, 8732, 21, 1.0 if background else 0.3, background)
+    loc *= 0.3
+    check_postprocess(loc, logits, priors, 0.01, 400, 0.45, 200, device=device)
+
+
+def test_postprocess_odd_numbers(device, rng):
+    """Infinite and NaN logits and offsets: no candidate, and the rest of the image is unharmed."""
+    odd = torch.tensor([INF, -INF, NAN, 1e30, -1e30, 89.0, -200.0])
+    for _ in range(20):
+        loc, logits, priors = post_case(rng, 2, 60, 4)
+        for x in (loc, logits):
+            where = torch.rand(x.shape, generator=rng) < 0.05
+            x[where] = odd[torch.randint(len(odd), (int(where.sum()),), generator=rng)]
+        result = ops.postprocess(loc.to(device), logits.to(device), priors.to(device))
+        assert torch.cat([result[0].flatten(), result[1].flatten()]).isfinite().all()
+        check_postprocess(loc, logits, priors, 0.01, 400, 0.45, 200, device=device)
+
+
+def test_postprocess_by_hand(device):
+    """Three priors: two overlap (IoU 9/11 with both decoded), one class each side of the cut."""
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]])
+    loc = torch.zeros(1, 3, 4)
+    loc[0, 2] = torch.tensor(
+        [5.0, -5.0, 5 * np.log(2), 0.0]
+    )  # moves by half a prior, twice as wide
+    ln = np.log([[0.1, 0.6, 0.3], [0.1, 0.7, 0.2], [0.2, 0.005, 0.795]])
+    logits = torch.tensor(ln, dtype=torch.float32)[None]
+    args = [x.to(device) for x in (loc, logits, priors)]
+    boxes, scores, labels, count = [x.cpu() for x in ops.postprocess(*args, max_detections=5)]
+    assert count.tolist() == [3]
+    assert labels.tolist() == [[2, 1, 2, 0, 0]]  # prior 2; prior 1 beats 0; prior 0 beats 1
+    expected = torch.tensor([[0.795, 0.7, 0.3, 0, 0]])
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+    expected = [[0.15, 0.1, 0.35, 0.2], [0.42, 0.4, 0.62, 0.6], [0.4, 0.4, 0.6, 0.6]]
+    torch.testing.assert_close(boxes[0, :3], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+# ------------------------------------------------------------------------------- any input
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_postprocess_types(device, rng, dtype):
+    loc, logits, priors = [x.to(device) for x in post_case(rng, 2, 100, 5)]
+    low = loc.to(dtype), logits.to(dtype)
+    for a, b in zip(
+        ops.postprocess(*low, priors),
+        ops.postprocess(low[0].float(), low[1].float(), priors),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def strided(x):
+    """The same values behind strides that skip and run across."""
+    wide = torch.stack([x, x], dim=-1).transpose(0, -2) if x.dim() > 1 else torch.stack([x, x], -1)
+    return wide[..., 0].transpose(0, -1) if x.dim() > 1 else wide[..., 0]
+
+
+def op_cases(size, rng, device="cpu"):
+    """{op: arguments} of one size of input."""
+    n, p = {"empty": (0, 0), "one": (1, 1), "many": (3, 70), "strided": (3, 70)}[size]
+    loc, logits, priors = post_case(rng, n, p, 4)
+    cases = {
+        "match": (random_boxes(p, rng), random_boxes(2 * n, rng), spread([2] * n), 0.5),
+        "nms": (random_boxes(p, rng), torch.rand(p, generator=rng), torch.arange(p) % 3, 0.45),
+        "postprocess": (loc, logits, priors, 0.01, 20, 0.45, 10),
+    }
+    change = strided if size == "strided" else lambda x: x
+    return {
+        op: tuple(change(x).to(device) if isinstance(x, torch.Tensor) else x for x in arguments)
+        for op, arguments in cases.items()
+    }
+
+
+@pytest.mark.parametrize("size", ["empty", "one", "many", "strided"])
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_opcheck(device, rng, op, size):
+    arguments = op_cases(size, rng, device)[op]
+    if size == "strided":
+        assert not any(x.is_contiguous() for x in arguments if torch.is_tensor(x) and x.dim() > 1)
+    torch.library.opcheck(getattr(torch.ops.scratchdet, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_strides_do_not_matter(device, rng, op):
+    arguments = op_cases("strided", rng, device)[op]
+    dense = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
+    result, expected = getattr(ops, op)(*arguments), getattr(ops, op)(*dense)
+    for a, b in zip(
+        *[x if isinstance(x, tuple) else (x,) for x in (result, expected)], strict=True
+    ):
+        assert torch.equal(a, b)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_compile_in_one_graph(device, rng, op):
+    arguments = op_cases("many", rng, device)[op]
+
+    def doubled(*args):  # with something before and after, so that a graph could break
+        result = getattr(ops, op)(args[0] * 1, *args[1:])
+        return [x * 2 for x in result] if isinstance(result, tuple) else [result * 2]
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*arguments), doubled(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_do_not_matter(rng):
+    cases = op_cases("many", rng)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            results.append([ops.match(*cases["match"]), *ops.postprocess(*cases["postprocess"])])
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_gradient_flows(rng):
+    loc, logits, priors = post_case(rng, 1, 10, 3)
+    boxes, scores, *_ = ops.postprocess(loc.requires_grad_(), logits.requires_grad_(), priors)
+    assert not boxes.requires_grad
+    assert not scores.requires_grad
+
+
+# ------------------------------------------------------------------------------- wrong input
+
+B, S, G = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+LOC, LOGITS = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
+OFF = torch.tensor([0, 1, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: ops.nms(B, torch.zeros(3, 2, dtype=torch.float64)),
+            r"nms: scores must be \(K,\) float32 like boxes \(K,4\), K=3; got \(3,2\) float64",
+        ),
+        (lambda: ops.nms(torch.zeros(4), S), r"nms: boxes_xyxy must be .*got \(4\) float32"),
+        (lambda: ops.nms(B.double(), S), "nms: boxes_xyxy must be .*float64"),
+        (lambda: ops.nms(torch.zeros(3, 5), S), r"nms: boxes_xyxy must be .*\(3,5\)"),
+        (lambda: ops.nms(B, S[:2]), r"nms: scores must be .*K=3; got \(2\)"),
+        (lambda: ops.nms(B, S, G[:2]), "nms: groups must be"),
+        (lambda: ops.nms(B, S, G.int()), "nms: groups must be .*int32"),
+        (lambda: ops.nms(B, S.to("meta"), G), "nms: scores must be on cpu .*on meta"),
+        (lambda: ops.nms(B, S, G, 1.5), "nms: iou_threshold must be between 0 and 1; got 1.5"),
+        (lambda: ops.nms(B, S, G, NAN), "nms: iou_threshold .*nan"),
+        (lambda: ops.match(B[:, :2], B, OFF), "match: priors_xyxy must be"),
+        (lambda: ops.match(B, B.half(), OFF), "match: boxes_xyxy must be .*float16"),
+        (lambda: ops.match(B, B, OFF.float()), r"match: offsets must be \(N\+1,\) int64"),
+        (lambda: ops.match(B, B, OFF[:0]), r"match: offsets must be .*got \(0\)"),
+        (lambda: ops.match(B, B, OFF + 1), r"match: offsets .*0 to T=3; got \[1, 2, 4\]"),
+        (lambda: ops.match(B, B, torch.tensor([0, 2, 1, 3])), "match: offsets .*rising"),
+        (lambda: ops.match(B, B.to("meta"), OFF), "match: boxes_xyxy must be on cpu"),
+        (lambda: ops.match(B, B, OFF, -0.1), "match: iou_threshold"),
+        (lambda: ops.postprocess(LOC, LOGITS, B[:2]), r"postprocess: loc must be .*P=2"),
+        (lambda: ops.postprocess(LOC[:1], LOGITS, B), "postprocess: loc must be .*like logits"),
+        (lambda: ops.postprocess(LOC[..., :3], LOGITS, B), "postprocess: loc must be"),
+        (lambda: ops.postprocess(LOC, LOGITS[0], B), "postprocess: logits must be"),
+        (lambda: ops.postprocess(LOC, LOGITS.long(), B), "postprocess: logits must be .*int64"),
+        (lambda: ops.postprocess(LOC, LOGITS, B.double()), "postprocess: priors_cxcywh must be"),
+        (lambda: ops.postprocess(LOC, LOGITS, B.to("meta")), "postprocess: priors_cxcywh .*meta"),
+        (lambda: ops.postprocess(LOC, LOGITS, B, -1.0), "postprocess: score_threshold"),
+        (lambda: ops.postprocess(LOC, LOGITS, B, top_k=0), "postprocess: top_k must be at least 1"),
+        (lambda: ops.postprocess(LOC, LOGITS, B, max_detections=-1), "max_detections .*got -1"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_kernels_guard_their_memory():
+    """Called past the checks of ops.match, a kernel refuses offsets that leave the boxes."""
+    if not ops.COMPILED["cpu"]:
+        pytest.skip(f"the cpu kernels are not built ({ops.describe()})")
+    if ops.MODE == "emulate":
+        pytest.skip("CUDA kernels cannot raise without waiting for the GPU: they clamp")
+    for offsets in ([0, 4], [-1, 3], [0, 2, 1]):
+        with pytest.raises(RuntimeError, match="offsets must rise"):
+            torch.ops.scratchdet.match(B, B, torch.tensor(offsets), 0.5)
