@@ -470,6 +470,7 @@ def decode(image: Image.Image, record: Record) -> Image.Image:
     """The pixels of an opened image, as stored: an EXIF orientation is not applied, because the
     boxes of VOC and COCO are in stored pixels."""
     try:
+        image.load()
         return to_rgb(image)
     except Exception as error:  # truncated, broken, 32-bit
         raise BadData(record.path, f"cannot be decoded ({error})") from None
