@@ -568,7 +568,10 @@ def check(sources: list, found: Findings, workers: int) -> int:
     """Reads and decodes everything, prints every problem with its place; -> the exit status."""
     records: dict[Path, Record] = {}
     for read in sources:
-        records.update((record.path, record) for record in read()[0])
+        try:
+            records.update((record.path, record) for record in read()[0])
+        except BadData as error:  # nothing of this set can be read
+            found.refuse(error.where, error.what)
 
     def inspect(record: Record) -> None:
         try:
@@ -609,14 +612,14 @@ def check(sources: list, found: Findings, workers: int) -> int:
     return 1 if counts[0] or counts[1] else 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--voc-root", help="folder with VOC2007/ (or the one above), or a tree without years")
     add("--sets", nargs="+", help="VOC sets such as 2007:trainval; the default is all there are")
-    add("--classes", help=".txt file with one class name a line, or `auto`: from the annotations")
+    add("--classes", help="file with one class name a line, or `auto`: from the annotations")
     add("--coco-root", help="folder with annotations/ and train2017/, val2017/")
     add("--shapes-root", default="build/shapes", help="where the shapes are drawn, once")
     add("--check", action="store_true", help="read and decode everything, list what is wrong")
@@ -625,7 +628,7 @@ def main() -> int:
     add("--augment", choices=("ssd", "flip", "none"), default="ssd")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=os.cpu_count(), help="threads of --check")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.bench:
             from experiments import input_bench

@@ -36,9 +36,10 @@ VOC_CLASSES = tuple(
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # no EPS: it runs a program
-MAX_BYTES = {".xml": 16 << 20, ".txt": 64 << 20, ".json": 4 << 30}
+MAX_BYTES = {".xml": 16 << 20, ".json": 4 << 30}  # else 64 MiB: lists of names
 MAX_DEPTH = 16  # of nested XML elements; VOC needs 4
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuse 89 Mpixel at the header
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, from the header, before any is decoded
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses
 
 
 class Record(NamedTuple):
@@ -96,7 +97,7 @@ class Findings:
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file that may come from anywhere: a regular one, of bounded size."""
-    limit = MAX_BYTES[path.suffix]
+    limit = MAX_BYTES.get(path.suffix, 64 << 20)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         raise BadData(path, f"expected a regular file of at most {limit >> 20} MiB")
@@ -114,8 +115,8 @@ def read_lines(path: str | Path) -> list[tuple[str, str]]:
 
 def read_classes(path: str | Path) -> list[str]:
     """Class names, one a line, without background: label 1 is the first."""
-    if Path(path).suffix != ".txt" or not Path(path).is_file():
-        raise ValueError(f"--classes {path}: expected a .txt file with one class name a line")
+    if not Path(path).is_file():
+        raise ValueError(f"--classes {path}: no such file; expected one class name a line")
     names = [name for name, _ in read_lines(path)]
     if not names or len(set(names)) < len(names) or "background" in names:
         raise BadData(path, f"expected different names without background, one a line; got {names}")
@@ -218,6 +219,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         found.handle(xml, "sizes missing in the XML, taken from the image")
     if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
         raise BadData(xml, "size/width and size/height must be whole numbers of pixels")
+    size = int(width), int(height)
     rows = []
     for entry in objects:
         name, where = entry.get("name"), entry["where"]
@@ -227,13 +229,13 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             found.refuse(where, "an object without a name")
         elif difficult not in ("0", "1"):
             found.refuse(where, f"{name}: difficult must be 0 or 1; got {difficult!r}")
-        elif check_box(box, (width, height), name, where, found):
+        elif check_box(box, size, name, where, found):
             rows.append((name, box, difficult == "1", where))
             if min(box[:2]) < 1:
                 found.note(where, "box counts from 0 (VOC's count from 1); nothing is subtracted")
             if any(side % 1 for side in box):
                 found.note(where, "box with fractions of a pixel, used as it is")
-    return (int(width), int(height)), rows
+    return size, rows
 
 
 def list_sets(root: str | Path) -> list[str]:
@@ -376,8 +378,8 @@ def read_coco(
             (int(i["id"]), str(i["file_name"]), i["width"], i["height"]) for i in data["images"]
         ]
         annotations = [
-            (a["id"], a["image_id"], a["category_id"], [number(v) for v in a["bbox"]],
-             a.get("iscrowd", 0), number(a.get("area")))
+            (int(a["id"]), int(a["image_id"]), int(a["category_id"]),
+             [number(v) for v in a["bbox"]], a.get("iscrowd", 0), number(a.get("area")))
             for a in data["annotations"]
         ]  # fmt: skip
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
@@ -443,8 +445,11 @@ def open_image(path: Path) -> Image.Image:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise BadData(path, "the file is empty, or no regular file")
-        return Image.open(path, formats=FORMATS)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+        return image
+    except Image.DecompressionBombError as error:
         raise BadData(path, f"too large to be a photograph, not decoded ({error})") from None
     except FileNotFoundError:
         raise BadData(path, "no such image") from None
