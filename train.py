@@ -514,6 +514,9 @@ def main(argv: list[str] | None = None) -> dict:
             keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
+    if lead:
+        (out / "detections").mkdir(parents=True, exist_ok=True)  # fails before the first step
+
     # The plan, said before the first step.
     say(f"commit {commit()}, torch {torch.__version__}, {machine(device)}, {world} process(es)")
     say(ops.describe())
@@ -542,7 +545,6 @@ def main(argv: list[str] | None = None) -> dict:
             say("that is weeks: `--minutes 60` trains as well as an hour allows")
     log_file = None
     if lead:
-        (out / "detections").mkdir(parents=True, exist_ok=True)
         cut_log(out / "log.jsonl", first)
         about = {"args": vars(args), "config": asdict(config), "commit": commit()}
         about |= {"machine": machine(device), "torch": torch.__version__, "processes": world}
@@ -619,5 +621,5 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
