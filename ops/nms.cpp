@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "greedy.h"
 
 namespace {
@@ -15,7 +17,7 @@ using torch::stable::Tensor;
 // (K,4), (K,), (K,) -> keep (K,)
 void nms(const Box* boxes, const float* scores, const int64_t* groups, int64_t k, float threshold,
          bool* keep) {
-  std::memset(keep, 0, k);
+  std::fill_n(keep, k, false);  // memset may not have the null pointer of an empty tensor
   std::vector<uint64_t> order, scratch;  // key << 32 | index
   order.reserve(k);
   for (int64_t i = 0; i < k; ++i)

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "greedy.h"
@@ -37,7 +38,7 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, const Tensor& groups, doub
     areas[i] = area(box[j]), team[i] = group[j];
   }
   Tensor keep = torch::stable::empty({boxes.size(0)}, torch::headeronly::ScalarType::Bool);
-  std::memset(keep.mutable_data_ptr<bool>(), 0, boxes.size(0));
+  std::fill_n(keep.mutable_data_ptr<bool>(), boxes.size(0), false);
   for (int64_t i = 0; i < k; ++i) {
     if (gone[i]) continue;
     keep.mutable_data_ptr<bool>()[(uint32_t)order[i]] = true;
