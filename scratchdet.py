@@ -40,7 +40,9 @@ from data import VOC_CLASSES
 from ops.reference import VARIANCES
 
 MAPS_300 = (38, 19, 10, 5, 3, 1)  # sides of the six maps of a 300x300 image
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # residual blocks of the four stages
+BLOCKS = {  # residual blocks of the four stages
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
+}  # fmt: skip
 
 # The ResNet family of section 3.2 and Table 2. depth; the stem's convolutions as (kernel, how many,
 # stride of the first); max-pooling behind it as (kernel, padding) with stride 2, or None.
@@ -53,6 +55,10 @@ BACKBONES = {
     "resnet18-b": (18, (7, 1, 1), (3, 1)),  # Fig. 3 (c), without the first stride
     "vgg16": None,
 }
+BASELINES = (  # networks that the paper compares with: experiments/baselines.py
+    "resnet50", "resnet101", "root-resnet50", "root-resnet101", "root-resnet18-preact",
+    "root-resnet34-preact", "root-resnet34-caffe-compat", "dsod300", "scratchdet512", "ssd321",
+)  # fmt: skip
 
 # Priors of one map: smallest and largest side in pixels, distance of two cells in pixels (None:
 # the image's side / the map's), aspect ratios besides 1 (each also as its inverse). Caffe SSD,
@@ -74,6 +80,23 @@ PRIORS = {
         (207, 261, None, (2,)),
         (261, 315, None, (2,)),
     ),
+    "coco512": (  # of 512x512 images: scratchdet512
+        (20, 51, 8, (2,)),
+        (51, 133, 16, (2, 3)),
+        (133, 215, 32, (2, 3)),
+        (215, 296, 64, (2, 3)),
+        (296, 378, None, (2, 3)),
+        (378, 460, None, (2,)),
+        (460, 542, None, (2,)),
+    ),
+    "voc321": (  # of 321x321 images: ssd321
+        (32, 64, 8, (1.6, 2, 3)),
+        (64, 121, 16, (1.6, 2, 3)),
+        (121, 179, 32, (1.6, 2, 3)),
+        (179, 237, 64, (1.6, 2, 3)),
+        (237, 295, None, (1.6, 2, 3)),
+        (295, 353, None, (1.6, 2, 3)),
+    ),
 }
 
 
@@ -87,7 +110,7 @@ class Config:
     stem: tuple[int, int, int] | None = None  # overrides the backbone's (Table 2)
     extras: str = "residual"  # maps 3 to 6 by residual blocks | conv (as SSD's); VGG-16 has conv
     classes: tuple[str, ...] = VOC_CLASSES  # without background, which is class 0
-    priors: str = "voc"  # voc | coco
+    priors: str = "voc"  # a table of PRIORS
     size: int = 300  # side of the input in pixels
     channels: str = "rgb"  # order of the network's input: rgb | bgr
     mean: tuple[float, float, float] = (123.0, 117.0, 104.0)  # of red, green, blue in 0..255
@@ -95,7 +118,7 @@ class Config:
 
     def __post_init__(self):
         for name, allowed in {
-            "backbone": BACKBONES,
+            "backbone": (*BACKBONES, *BASELINES),
             "bn": ("all", "backbone", "head", "none"),
             "extras": ("residual", "conv"),
             "priors": PRIORS,
@@ -158,6 +181,8 @@ class BasicBlock(nn.Module):
     extra block needs it: with padding, no stride leads from 3 to 1 (Deviations in the README).
     """
 
+    expansion = 1  # output channels / those of the 3x3 convolutions
+
     def __init__(self, c_in: int, c_out: int, *, stride: int, bn: bool, shrink: bool = False):
         super().__init__()
         self.shrink = shrink
@@ -196,9 +221,9 @@ class ResNet(nn.Module):
     stages 2, 3 and 4.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layout: tuple | None = None, block: type = BasicBlock):
         super().__init__()
-        depth, stem, pool = BACKBONES[config.backbone]
+        depth, stem, pool = layout or BACKBONES[config.backbone]
         kernel, convs, stride = config.stem or stem
         bn, ch = config.bn in ("all", "backbone"), channel_rounding(config.width)
 
@@ -214,9 +239,9 @@ class ResNet(nn.Module):
         self.stages, self.channels, self.first_map = nn.ModuleList(), [], None
         c_in = ch(64)
         for i, blocks in enumerate(BLOCKS[depth]):
-            c_out, step = ch(64 << i), 1 if i == 0 else 2
-            stage = [BasicBlock(c_in, c_out, stride=step, bn=bn)]
-            stage += [BasicBlock(c_out, c_out, stride=1, bn=bn) for _ in range(blocks - 1)]
+            c_out, step = ch(64 << i) * block.expansion, 1 if i == 0 else 2
+            stage = [block(c_in, c_out, stride=step, bn=bn)]
+            stage += [block(c_out, c_out, stride=1, bn=bn) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(*stage))
             c_in, stride = c_out, stride * step
             if stride >= 8:
@@ -270,6 +295,15 @@ class VGG16(nn.Module):
         conv4_3 = self.to_conv4_3(x)  # (N, 512, 38, 38)
         fc7 = self.to_fc7(conv4_3)  # (N, 1024, 19, 19)
         return [conv4_3, fc7, *run_extras(self.extras, fc7)]
+
+
+def make_body(config: Config) -> nn.Module:
+    """The backbone that the config names."""
+    if config.backbone in BASELINES:
+        from experiments import baselines  # here, because it builds on this file
+
+        return baselines.BODIES[config.backbone](config)
+    return VGG16(config) if config.backbone == "vgg16" else ResNet(config)
 
 
 def channel_rounding(width: float):
@@ -458,16 +492,21 @@ class ScratchDet(nn.Module):
 
     `priors_cxcywh` (P,4) are the priors of the config's input size. For another size ask
     `features` for the maps and `make_priors` for their priors.
-    `body`: another backbone, with `.channels` and the maps as its output.
+    `body`: another backbone, with `.channels` and the maps as its output (and `.maps_300`, where
+    a 300x300 image has other maps).
     """
 
     def __init__(self, config: Config, body: nn.Module | None = None):
         super().__init__()
         self.config = config
-        if body is None:
-            body = VGG16(config) if config.backbone == "vgg16" else ResNet(config)
-        self.features = body
-        self.head = Head(body.channels, priors_per_cell(config), config)
+        self.features = make_body(config) if body is None else body
+        channels = self.features.channels
+        if len(channels) != len(PRIORS[config.priors]):
+            raise ValueError(
+                f"priors {config.priors!r} are for {len(PRIORS[config.priors])} maps, "
+                f"{config.backbone} has {len(channels)}"
+            )
+        self.head = Head(channels, priors_per_cell(config), config)
         for conv in convs_of(self):  # Caffe's xavier: variance 1 / fan_in
             bound = math.sqrt(3 / conv.weight[0].numel())
             nn.init.uniform_(conv.weight, -bound, bound)
@@ -475,12 +514,13 @@ class ScratchDet(nn.Module):
                 nn.init.zeros_(conv.bias)
 
         sizes = self.map_sizes(config.size, config.size)
-        if config.size == 300 and sizes != [(s, s) for s in MAPS_300]:
+        expected = getattr(self.features, "maps_300", MAPS_300)
+        if config.size == 300 and sizes != [(s, s) for s in expected]:
             raise ValueError(
-                f"{config.backbone} with stem {config.stem}: maps {sizes}, not {MAPS_300}"
+                f"{config.backbone} with stem {config.stem}: maps {sizes}, not {expected}"
             )
         priors = make_priors(config, sizes)
-        if config.size == 300 and len(priors) != 8732:
+        if config.size == 300 and expected == MAPS_300 and len(priors) != 8732:
             raise ValueError(f"priors {config.priors!r}: {len(priors)} default boxes, not 8732")
         self.register_buffer("priors_cxcywh", priors, persistent=False)
 
@@ -572,7 +612,7 @@ def summary(model: ScratchDet) -> str:
 def add_config_flags(group: argparse._ActionsContainer) -> None:
     """The flags that define the network, for this file and train.py."""
     default = Config()
-    group.add_argument("--backbone", default=default.backbone, choices=list(BACKBONES))
+    group.add_argument("--backbone", default=default.backbone, choices=[*BACKBONES, *BASELINES])
     group.add_argument("--bn", default=default.bn, choices=["all", "backbone", "head", "none"])
     group.add_argument("--width", type=float, default=default.width, help="factor on all channels")
     group.add_argument(
@@ -580,6 +620,8 @@ def add_config_flags(group: argparse._ActionsContainer) -> None:
         help="the first convolutions, where they differ from the backbone's own",
     )  # fmt: skip
     group.add_argument("--extras", default=default.extras, choices=["residual", "conv"])
+    group.add_argument("--priors", default=default.priors, choices=list(PRIORS))
+    group.add_argument("--size", type=int, default=default.size, help="side of the input in pixels")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     add_config_flags(group)
-    group.add_argument("--priors", choices=["voc", "coco"], help="follows from the data")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=list(RECIPES), help="follows from the data and --minutes")
@@ -483,7 +482,7 @@ def main(argv: list[str] | None = None) -> dict:
     train, test, classes = read_data(args)
     config = Config(
         backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
-        stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors,
+        stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors, size=args.size,
     )  # fmt: skip
     model = ScratchDet(config).to(device)
     if args.channels_last:
@@ -547,7 +546,7 @@ def main(argv: list[str] | None = None) -> dict:
     if lead:
         cut_log(out / "log.jsonl", first)
         about = {"args": vars(args), "config": asdict(config), "commit": commit()}
-        about |= {"machine": machine(device), "torch": torch.__version__, "processes": world}
+        about |= {"machine": machine(device), "torch": str(torch.__version__), "processes": world}
         (out / "run.json").write_text(json.dumps(about, indent=1))
         log_file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
 
