@@ -721,10 +721,10 @@ def export(model, path):
 
 def hardware(device):
     """What the numbers were measured on, in words."""
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 

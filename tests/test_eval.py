@@ -31,7 +31,6 @@ ORACLES = os.environ.get("SCRATCHDET_ORACLES")
 needs_oracles = pytest.mark.skipif(
     not ORACLES, reason="needs SCRATCHDET_ORACLES, the folder with voc07-test/, padilla-11-point/"
 )
-DATA = os.environ.get("SCRATCHDET_DATA")
 
 
 def record(boxes, labels=None, *, name="1", difficult=None, size=(300, 300), area=None):
@@ -395,6 +394,7 @@ COCO_EXPECTED = {
 
 
 def by_pycocotools(records, detections, num_classes):
+    """The 12 numbers, and the CPU seconds from the results as Python lists to them."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -420,13 +420,14 @@ def by_pycocotools(records, detections, num_classes):
             "categories": [{"id": c + 1} for c in range(num_classes)],
         }
         truth.createIndex()
+        start = time.process_time()
         ours = truth.loadRes(results) if results else copy.deepcopy(truth)
         if not results:
             ours.dataset["annotations"] = []
             ours.createIndex()
         peer = COCOeval(truth, ours, "bbox")
         peer.evaluate(), peer.accumulate(), peer.summarize()
-    return [float(x) for x in peer.stats]
+    return [float(x) for x in peer.stats], time.process_time() - start
 
 
 @pytest.mark.parametrize("name", coco_cases())
@@ -441,7 +442,7 @@ def test_coco_equals_pycocotools(seed):
     case = (*random_case(seed, images=3 + seed, guesses=150, crowd=0.1 * (seed % 4)), 4)
     result = coco_ap(*case)
     got = [result[k] for k in COCO_NAMES]
-    np.testing.assert_allclose(got, by_pycocotools(*case), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(got, by_pycocotools(*case)[0], rtol=0, atol=1e-9)
 
 
 def test_coco_area_of_the_annotation_not_of_the_box():
@@ -518,35 +519,41 @@ def targets(records, priors_cxcywh):
     return assign_targets(priors_cxcywh, torch.cat(boxes), torch.cat(labels), offsets)
 
 
-def ceiling(records, num_classes, priors="voc"):
-    """11-point AP of the training targets themselves, fed back as if predicted."""
-    config = Config(backbone="resnet18", width=0.1, priors=priors)
-    priors_cxcywh = ScratchDet(config).priors_cxcywh
+def ceiling(records, num_classes, iou_threshold):
+    """AP of the training targets fed back as if predicted: (11-point, area), and says it."""
+    priors_cxcywh = narrow().priors_cxcywh
     detections = []
     for start in range(0, len(records), 16):
         some = records[start : start + 16]
         labels, loc = targets(some, priors_cxcywh)
         logits = 20.0 * torch.nn.functional.one_hot(labels, num_classes + 1)
-        answers = detect(loc, logits, priors_cxcywh)
+        answers = detect(loc, logits, priors_cxcywh, iou_threshold=iou_threshold)
         detections += evaluation.to_pixels(*answers, [r.size for r in some])
-    return voc_ap(records, detections, num_classes)
+    result = voc_ap(records, detections, num_classes)
+    eleven, area = mean(result["ap11"]), mean(result["area"])
+    print(f"ceiling of {len(records)} images, NMS at {iou_threshold}: mAP {eleven:.4f} (11-point), "
+          f"{area:.4f} (area)")  # fmt: skip
+    return eleven, area
 
 
 def test_ceiling_on_shapes(records):
-    result = ceiling(records, len(CLASSES))
-    print(f"ceiling on shapes: {mean(result['ap11']):.4f}")
-    assert mean(result["ap11"]) >= 0.99
+    assert min(ceiling(records, len(CLASSES), 0.9)) >= 0.99
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA, reason="needs SCRATCHDET_DATA, the folder with VOCdevkit/")
-def test_ceiling_on_voc07_val():
-    records, classes = data.read_voc(Path(DATA, "VOCdevkit"), ["2007:val"], data.VOC_CLASSES)
-    result = ceiling(records, len(classes))
-    print(f"ceiling: {len(records)} images, mAP {mean(result['ap11']):.4f} (11-point), "
-          f"{mean(result['area']):.4f} (area)")  # fmt: skip
+def test_ceiling_on_voc07_val(voc_root):
+    """Matching, coding, decoding and the evaluator lose nothing; SSD's NMS at .45 does.
+
+    61 of the 6,301 objects overlap another of their class by more than .45, and one of the two
+    goes. The 11-point AP forgives none: where a class has lost an object, recall 1 is not reached
+    and 10/11 are left. That is so in ten of the 20 classes.
+    """
+    records, classes = data.read_voc(voc_root, ["2007:val"], data.VOC_CLASSES)
     assert len(records) == 2508
-    assert mean(result["ap11"]) >= 0.99
+    assert min(ceiling(records, len(classes), 0.9)) >= 0.99  # NMS that joins only duplicates
+    eleven, area = ceiling(records, len(classes), 0.45)
+    assert area >= 0.99
+    assert eleven >= 0.95
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
@@ -907,5 +914,5 @@ def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
 if __name__ == "__main__":
     print("COCO_EXPECTED = {")
     for name, case in coco_cases().items():
-        print(f"    {name!r}: {[round(v, 10) for v in by_pycocotools(*case)]},")
+        print(f"    {name!r}: {[round(v, 10) for v in by_pycocotools(*case)[0]]},")
     print("}")
