@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
+from experiments import transfer
 from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
 
 # The schedules. `drops`: where the learning rate falls to a tenth, as a fraction of the iterations.
@@ -83,6 +84,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     add_config_flags(group)
+    group.add_argument("--pretrained", metavar="FILE", help="torchvision's vgg16 or vgg16_bn")
+    group.add_argument("--init-from", metavar="CHECKPOINT", help="a detector of more classes")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=list(RECIPES), help="follows from the data and --minutes")
@@ -484,7 +487,11 @@ def main(argv: list[str] | None = None) -> dict:
         backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
         stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors, size=args.size,
     )  # fmt: skip
-    model = ScratchDet(config).to(device)
+    if checkpoint:  # its input may be --pretrained's, its priors --init-from's
+        model = ScratchDet(Config.from_dict(checkpoint["config"]))
+    else:
+        model = transfer.start(config, args.pretrained, args.init_from)
+    config, model = model.config, model.to(device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
