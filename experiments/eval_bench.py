@@ -1,4 +1,4 @@
-"""Time eval.py's metrics, and COCO's beside pycocotools if it is installed, in one run.
+"""Time both metrics, and COCO's beside pycocotools if it is installed, in one run.
 
     python experiments/eval_bench.py [--images 5000] [--classes 80] [--guesses 200]
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from eval import COCO_NAMES, coco_ap, hardware, voc_ap  # noqa: E402
+from eval import hardware  # noqa: E402
+from metrics import COCO_NAMES, coco_ap, voc_ap  # noqa: E402
 from tests.test_eval import by_pycocotools, random_case  # noqa: E402
 
 

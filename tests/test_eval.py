@@ -1,4 +1,4 @@
-"""eval.py: both metrics against independent implementations and known answers; the command line.
+"""metrics.py against independent implementations and known answers; eval.py, its command line.
 
 `python -m tests.test_eval` recomputes COCO_EXPECTED (it needs pycocotools).
 """
@@ -23,7 +23,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from eval import COCO_NAMES, Detections, coco_ap, mean, voc_ap
+from metrics import COCO_NAMES, Detections, coco_ap, mean, voc_ap
 from scratchdet import Config, ScratchDet, assign_targets, detect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -803,6 +803,24 @@ def test_coco_results_are_what_pycocotools_reads(records, tmp_path, monkeypatch,
     np.testing.assert_allclose(peer.stats, list(coco.values()), atol=0.01)
 
 
+def test_comp4_files_measure_the_same(tmp_path):
+    records, detections = random_case(1)
+    whole = [d._replace(boxes_xyxy=d.boxes_xyxy + 1) for d in detections]  # pixels count from 1
+    evaluation.write_comp4(tmp_path / "all.tgz", records, whole, ("a", "b", "c"), 2007, "test")
+    rows = {r.name: [] for r in records}
+    with tarfile.open(tmp_path / "all.tgz") as archive:
+        for label, name in enumerate("abc", start=1):
+            member = archive.extractfile(f"results/VOC2007/Main/comp4_det_test_{name}.txt")
+            for line in member.read().decode().splitlines():
+                image, *numbers = line.split()
+                rows[image].append([*map(float, numbers), label])
+    tables = [np.array(rows[r.name], float).reshape(-1, 6) for r in records]
+    read = [Detections(t[:, 1:5], t[:, 0], t[:, 5].astype(int)) for t in tables]
+    expected = voc_ap(records, whole, 3)
+    assert expected["ap11"].min() > 0
+    np.testing.assert_allclose(voc_ap(records, read, 3)["ap11"], expected["ap11"])
+
+
 def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
     """VOC2012 test: pictures and a list, nothing to measure."""
     tree = tmp_path / "VOC2012"
@@ -859,6 +877,12 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
         (["{pt}", "--voc-root", "{run}"], "--voc-root {run}"),
         (["{pt}", "--voc-root", "{shapes}", "--eval-sets", "2007:nope"], "nope"),
         (["{pt}", "--data", "voc"], "--voc-root DIR"),
+        (["{pt}", "--batch-size", "0"], "--batch-size 0"),
+        pytest.param(
+            ["{pt}", "--device", "cuda"],
+            "--device cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["{pt}", "--images", "{run}/none"], "no picture"),
         (["{pt}", "--images", "{run}/text.jpg"], "text.jpg"),
         (["{pt}", "--voc-root", "{shapes}", "--draw", "{shapes}/VOC2007/JPEGImages"], "--draw"),
@@ -886,6 +910,7 @@ def test_errors_are_one_line_and_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
     exported = tmp_path / "detector.pt2"
     evaluation.main([checkpoint, "--export", str(exported)])
