@@ -137,6 +137,7 @@ TABLES = {
             ("bn-all-0.01", "bn-none-0.01", "BN everywhere helps (at 0.01)"),
             ("bn-all-0.05", "bn-none-0.05", "BN everywhere helps (at 0.05)"),
             ("bn-all-0.05", "bn-head-0.05", "at 0.05 BN in the head alone is not enough"),
+            ("bn-backbone-0.01", "bn-none-0.01", "BN in the backbone helps (at 0.01)"),
             ("bn-head-0.01", "bn-head-0.001", "with BN in the head a larger rate is better"),
             ("bn-all-0.05", "bn-all-0.001", "with BN everywhere a larger rate is better"),
             ("bn-all-0.05", "bn-backbone-0.05", "at 0.05 BN everywhere beats the backbone's alone"),
@@ -155,6 +156,8 @@ TABLES = {
             ("stride1-3x3-3", "stride2-3x3-1", "the root block as a whole helps"),
             ("stride1-3x3-3", "stride2-7x7-1", "the root block beats ResNet-18's own stem"),
         ),
+        notes="Frames a second of a trained row: `python eval.py CHECKPOINT --fps`, on your "
+        "hardware; the paper's are those of a Tesla P40.",
     ),
     "table3": Table(
         "Table 3: VOC 2007 and 2012 (ScratchDet300, Root-ResNet-34), and DSOD (section 4.2.1)",
@@ -175,7 +178,8 @@ TABLES = {
         pace="voc07",
         claims=(("dsod300", "dsod300-no-bn", "DSOD needs BN"),),
         notes="VOC 2012 is measured by its server: `eval.py CHECKPOINT --eval-sets 2012:test "
-        "--comp4 FILE.tar.gz` writes what it takes. The learning rate of DSOD without BN is not "
+        "--comp4 FILE.tar.gz` writes what it takes; the mAP that train.py prints there is of images "
+        "it has seen. The learning rate of DSOD without BN is not "
         "in the paper; if 0.1 diverges, that is the result.",
     ),
     "table4": Table(
@@ -267,7 +271,8 @@ def outcome(folder):
     else:
         return None
     tail = [line["loss"] for line in log[-max(1, len(log) // 20) :]]
-    found["loss"] = sum(tail) / len(tail) if tail else None  # of the last twentieth of the steps
+    if found["state"] == "done" and tail:
+        found["loss"] = sum(tail) / len(tail)  # of the last twentieth of the steps
     found["images_per_s"] = log[-1]["images_per_s"] if log else None
     if (folder / "run.json").exists():
         found["run"] = json.loads((folder / "run.json").read_text())
@@ -311,8 +316,12 @@ def spread(numbers):
     return f"{mean:.1f}" + (f" [{min(numbers):.1f}, {max(numbers):.1f}]" if numbers[1:] else "")
 
 
-def result(found, metric):
+def result(row, found, metric):
     """All seeds of a row in one cell."""
+    if row.needs == "server" and found:
+        return (
+            f"{sum(one['state'] == 'done' for one in found.values())} trained; its server measures"
+        )
     diverged = sorted(one["step"] for one in found.values() if one["state"] == "diverged")
     stopped = sum(one["state"] == "stopped" for one in found.values())
     parts = [spread(values(found, metric))] if values(found, metric) else []
@@ -359,11 +368,11 @@ def command(row, scale, seed, args, budget=()):
     if scale == "full" and not place:
         place = [f"--{kind}-root", "DIR"]
     if row.test:
-        where = ["eval.py", f"{folder}/last.pt", *row.test.split(), *place]
-        where += ["--json", f"{folder}/{test_name(row)}.json"]
-        if args.eval_sets and kind == "voc":
-            where += ["--eval-sets", *args.eval_sets]
-        return ["python", *where]
+        words = ["python", "eval.py", f"{folder}/last.pt", *row.test.split(), *place]
+        if row.needs == "server":
+            return [*words, "--eval-sets", "2012:test", "--comp4", f"{folder}/comp4.tar.gz"]
+        sets = ["--eval-sets", *args.eval_sets] if args.eval_sets and kind == "voc" else []
+        return [*words, *sets, "--json", f"{folder}/{test_name(row)}.json"]
     flags = (row.laptop if scale == "laptop" else row.flags).split()
     flags = [word.replace("WEIGHTS", args.weights or "WEIGHTS") for word in flags]
     coco = args.runs / scale / "coco" / f"seed{seed}"
@@ -386,6 +395,8 @@ def runs_of(table, scale):
 
 def cannot(row, scale, args):
     """Why this row cannot be run with these arguments, or None."""
+    if row.test and row.needs == "server":
+        return f"its server measures it: {shlex.join(command(row, scale, 0, args))}"
     if row.needs in ("coco", "both") and not args.coco_root:
         return "needs --coco-root"
     if not args.voc_root and (row.needs == "both" or (row.needs != "coco" and scale != "laptop")):
@@ -530,7 +541,7 @@ def listing(args):
             for scale in SCALES:
                 found = outcomes(row, scale, args.runs)
                 if found:
-                    ours.append(f"{scale}: {result(found, table.metric)}")
+                    ours.append(f"{scale}: {result(row, found, table.metric)}")
             print(f"  {row.what}\n      the paper's {row.paper}; ours {'; '.join(ours) or 'none'}")
             if row.key:
                 print(f"      {shlex.join(command(row, 'full', 0, args))}")
@@ -556,7 +567,7 @@ def markdown(name, scale, args):
     ]
     for row in rows:
         some = found[row.key, row.test]
-        cells = [row.what, row.paper, result(some, table.metric), str(len(some))]
+        cells = [row.what, row.paper, result(row, some, table.metric), str(len(some))]
         for field, digits in (("loss", 2), ("images_per_s", 1), ("cpu_minutes", 1)):
             got = [one[field] for one in some.values() if one.get(field) is not None]
             cells.append(f"{sum(got) / len(got):.{digits}f}" if got else "-")

@@ -3,7 +3,7 @@
     python train.py --voc-root DIR --backbone vgg16 --bn all --pretrained vgg16_bn.pth
     python train.py --voc-root DIR --init-from runs/coco/last.pt
 
-The first file is torchvision's state dict of vgg16 or vgg16_bn, the second a checkpoint of train.py.
+The first is a state dict of torchvision (vgg16 or vgg16_bn), the second a checkpoint of train.py.
 """
 
 import pickle
