@@ -178,9 +178,9 @@ TABLES = {
         pace="voc07",
         claims=(("dsod300", "dsod300-no-bn", "DSOD needs BN"),),
         notes="VOC 2012 is measured by its server: `eval.py CHECKPOINT --eval-sets 2012:test "
-        "--comp4 FILE.tar.gz` writes what it takes; the mAP that train.py prints there is of images "
-        "it has seen. The learning rate of DSOD without BN is not "
-        "in the paper; if 0.1 diverges, that is the result.",
+        "--comp4 FILE.tar.gz` writes what it takes; the mAP that train.py prints there is of "
+        "images it has seen. The learning rate of DSOD without BN is not in the paper; if 0.1 "
+        "diverges, that is the result.",
     ),
     "table4": Table(
         "Table 4: COCO (ScratchDet300, Root-ResNet-34)",
