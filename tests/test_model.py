@@ -18,6 +18,7 @@ from scratchdet import (
     Config,
     ScratchDet,
     cxcywh_to_xyxy,
+    detect,
     encode,
     make_priors,
     priors_per_cell,
@@ -586,6 +587,41 @@ def test_another_body_can_be_plugged_in():
     loc, logits = ScratchDet(NARROW, Body())(torch.zeros(2, 3, 300, 300))
     assert loc.shape == (2, 8732, 4)
     assert logits.shape == (2, 8732, 4)
+
+
+def grid_of_priors(n: int) -> torch.Tensor:
+    """(n * n, 4) cxcywh: boxes that touch nowhere."""
+    at = (torch.arange(n) + 0.5) / n
+    rows, columns = torch.meshgrid(at, at, indexing="ij")
+    size = torch.full_like(rows, 0.5 / n)
+    return torch.stack([columns, rows, size, size], dim=-1).reshape(-1, 4)
+
+
+def test_detect_keeps_400_of_a_class_and_200_of_an_image():
+    """576 boxes apart from each other: the numbers that Caffe SSD evaluates with."""
+    priors, loc = grid_of_priors(24), torch.zeros(1, 576, 4)
+    logits = torch.zeros(1, 576, 3)
+    logits[0, :, 1] = torch.linspace(2, 4, 576)
+    logits[0, :, 2] = -9.0  # below .01
+    assert detect(loc, logits, priors, max_detections=1000)[3].tolist() == [400]
+    boxes, scores, labels, count = detect(loc, logits, priors)
+    assert count.tolist() == [200]
+    assert boxes.shape == (1, 200, 4)
+    assert (labels == 1).all()
+    assert (scores[0, 1:] <= scores[0, :-1]).all()
+    torch.testing.assert_close(boxes[0, 0], cxcywh_to_xyxy(priors)[575])  # the best is the last
+
+
+def test_detect_by_hand():
+    """Softmax, threshold above .01, NMS within a class at .45; no background."""
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.55, 0.5, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]])
+    probability = torch.tensor([[0.1, 0.6, 0.3], [0.1, 0.5, 0.4], [0.985, 0.009, 0.006]])
+    boxes, scores, labels, count = detect(torch.zeros(1, 3, 4), probability.log()[None], priors)
+    # priors 0 and 1 overlap by .15 / .25: IoU .6; each class keeps the better one
+    assert count.tolist() == [2]
+    assert labels[0, :3].tolist() == [1, 2, 0]
+    torch.testing.assert_close(scores[0, :3], torch.tensor([0.6, 0.4, 0.0]))
+    torch.testing.assert_close(boxes[0, :2], cxcywh_to_xyxy(priors)[:2])
 
 
 # --------------------------------------------------------------------- Config and checkpoints

@@ -1,0 +1,376 @@
+"""One-line bugs, planted one at a time: each must turn the tests red.
+
+    python tests/mutants.py             all of them, as a table; minutes
+    python tests/mutants.py priors      those whose description has the word
+
+A bug is planted in a temporary copy of the repository, never here. Most are bugs that published
+detectors had (ssd.pytorch: forced matches overwritten, priors clipped, a crop constraint that never
+holds, the largest logit of all in the log-sum-exp; lufficc/SSD: a division by zero positives; and
+so on). Before that the same tests must be green on an untouched copy, or red would say nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 300  # that one run of the tests may take
+
+
+class Mutant(NamedTuple):
+    what: str
+    file: str
+    old: str  # must be there exactly once
+    new: str
+    tests: str  # of which file
+    where: str  # pytest's -k: the tests that should see it
+    compiled: bool = False  # whether those tests need the kernels
+
+
+# fmt: off
+MUTANTS = [
+    # The network
+    Mutant("priors run down the columns", "scratchdet.py",
+           "cell.reshape(-1, 4)", "cell.transpose(0, 1).reshape(-1, 4)",
+           "test_model.py", "along_rows or neighbourhood or belongs"),
+    Mutant("tall before wide priors", "scratchdet.py",
+           "sides += [(small * root, small / root), (small / root, small * root)]",
+           "sides += [(small / root, small * root), (small * root, small / root)]",
+           "test_model.py", "first_cell"),
+    Mutant("priors clipped, in centre form", "scratchdet.py",
+           "(torch.cat(priors) / unit).float()", "(torch.cat(priors) / unit).clamp(0, 1).float()",
+           "test_model.py", "first_cell or not_clipped"),
+    Mutant("priors in the corner of their cell", "scratchdet.py",
+           "(torch.arange(w, dtype=torch.float64) + 0.5)", "(torch.arange(w, dtype=torch.float64))",
+           "test_model.py", "first_cell"),
+    Mutant("the large square twice as large in area", "scratchdet.py",
+           "(math.sqrt(small * large),) * 2", "(float(large),) * 2",
+           "test_model.py", "first_cell"),
+    Mutant("priors of maps 5 and 6 at steps 100 and 300 in any image", "scratchdet.py",
+           "(step or image_w / w)", "(step or config.size / w)",
+           "test_model.py", "another_image_size"),
+    Mutant("head permutes rows and columns", "scratchdet.py",
+           "x.permute(0, 2, 3, 1)", "x.permute(0, 3, 2, 1)",
+           "test_model.py", "neighbourhood or belongs"),
+    Mutant("head does not permute", "scratchdet.py",
+           "x.permute(0, 2, 3, 1).reshape", "x.reshape",
+           "test_model.py", "neighbourhood or belongs"),
+    Mutant("no ReLU behind the residual sum", "scratchdet.py",
+           "return F.relu(y + self.shortcut(x), inplace=True)", "return y + self.shortcut(x)",
+           "test_model.py", "parity and resnet18"),
+    Mutant("fc6 without dilation", "scratchdet.py",
+           "padding=6, dilation=6", "padding=1, dilation=1",
+           "test_model.py", "parity and vgg16"),
+    Mutant("pool3 rounds down", "scratchdet.py",
+           "ceil_mode=True", "ceil_mode=False",
+           "test_model.py", "six_maps and vgg16"),
+    Mutant("last shortcut from the corner pixel", "scratchdet.py",
+           "x[:, :, 1:-1, 1:-1]", "x[:, :, :-2, :-2]",
+           "test_model.py", "3x3_to_1x1"),
+    Mutant("BN of the head where the backbone's is asked for", "scratchdet.py",
+           'config.bn in ("all", "head"), config.num_classes',
+           'config.bn in ("all", "backbone"), config.num_classes',
+           "test_model.py", "bn_modes"),
+    Mutant("xavier of twice the variance", "scratchdet.py",
+           "bound = math.sqrt(3 /", "bound = math.sqrt(6 /",
+           "test_model.py", "xavier"),
+    Mutant("a checkpoint may run code", "scratchdet.py",
+           "weights_only=True", "weights_only=False",
+           "test_model.py", "anything_else"),
+    # Coding and matching
+    Mutant("variances swapped, on both ways", "ops/reference.py",
+           "VARIANCES = (0.1, 0.2)", "VARIANCES = (0.2, 0.1)",
+           "test_model.py", "by_hand"),
+    Mutant("encode with the variance of the size", "scratchdet.py",
+           "priors_cxcywh[..., 2:] / VARIANCES[0]", "priors_cxcywh[..., 2:] / VARIANCES[1]",
+           "test_model.py", "by_hand or round_trip"),
+    Mutant("IoU with sides one longer", "ops/reference.py",
+           "area_a = (a[..., 2] - a[..., 0])", "area_a = (a[..., 2] - a[..., 0] + 1)",
+           "test_loss.py", "brute_force or plain_loops"),
+    Mutant("forced match lost", "ops/reference.py",
+           "matched[n, prior] = box + start", "pass",
+           "test_loss.py", "brute_force or by_hand"),
+    Mutant("the last box wins a shared prior", "ops/reference.py",
+           "free[:, prior] = -1.0", "pass",
+           "test_loss.py", "brute_force or by_hand"),
+    Mutant("boxes choose in their order, not best pair first", "ops/reference.py",
+           "flat = (free == free.max())", "flat = (free == free.amax(1)[free.amax(1) >= 0][0])",
+           "test_loss.py", "brute_force or by_hand"),
+    Mutant("IoU of .5 is background", "ops/reference.py",
+           "torch.where(best_iou >= iou_threshold", "torch.where(best_iou > iou_threshold",
+           "test_loss.py", "exactly_the_threshold"),
+    Mutant("rows of the first image for all", "ops/reference.py",
+           "best_box + start, -1)", "best_box, -1)",
+           "test_loss.py", "brute_force"),
+    # The loss
+    Mutant("negatives of the batch, not of the image", "scratchdet.py",
+           "negatives_per_positive * positive.sum(dim=1)",
+           "negatives_per_positive * positive.sum().expand(len(positive))",
+           "test_loss.py", "mined_in_each_image or plain_loops"),
+    Mutant("positives mined as negatives", "scratchdet.py",
+           "hard_negatives(score, ~positive, wanted)",
+           "hard_negatives(score, positive | True, wanted)",
+           "test_loss.py", "plain_loops or gradient_flows"),
+    Mutant("the easiest negatives", "scratchdet.py",
+           "score = (log_sum - logits[..., 0])", "score = (logits[..., 0] - log_sum + 99)",
+           "test_loss.py", "plain_loops or gradient_flows"),
+    Mutant("two negatives for a positive", "scratchdet.py",
+           "negatives_per_positive: int = 3", "negatives_per_positive: int = 2",
+           "test_loss.py", "by_hand or plain_loops"),
+    Mutant("division by zero positives", "scratchdet.py",
+           "norm = total.clamp(min=1)", "norm = total",
+           "test_loss.py", "without_boxes"),
+    Mutant("divided by images, not by positives", "scratchdet.py",
+           "norm = total.clamp(min=1)", "norm = max(1, len(positive))",
+           "test_loss.py", "divided_by or plain_loops"),
+    Mutant("background is a positive", "scratchdet.py",
+           "positive = target_labels > 0", "positive = target_labels >= 0",
+           "test_loss.py", "plain_loops"),
+    Mutant("exponentials relative to the largest logit of all", "scratchdet.py",
+           "logits.logsumexp(dim=2)", "(logits - logits.max()).exp().sum(2).log() + logits.max()",
+           "test_loss.py", "large_logits"),
+    Mutant("ties of the mining all taken", "scratchdet.py",
+           "(at & (at.cumsum(dim=1) <= how_many - above.sum(1, keepdim=True)))", "at",
+           "test_loss.py", "argsort"),
+    # Detection
+    Mutant("background detected", "ops/reference.py",
+           "for label in range(1, num_classes):", "for label in range(num_classes):",
+           "test_model.py", "detect"),
+    Mutant("NMS across classes", "ops/reference.py",
+           "(iou <= iou_threshold) | (groups[rest] != groups[best])", "iou <= iou_threshold",
+           "test_ops.py", "nms_reference_is_brute_force"),
+    Mutant("IoU at the threshold suppresses", "ops/reference.py",
+           "order = rest[(iou <= iou_threshold)", "order = rest[(iou < iou_threshold)",
+           "test_ops.py", "nms_reference_is_brute_force"),
+    Mutant("the best 200 of a class, not 400", "scratchdet.py",
+           "top_k: int = 400", "top_k: int = 200",
+           "test_model.py", "detect"),
+    Mutant("decoded boxes lose half their size", "ops/reference.py",
+           "[centre - size / 2, centre + size / 2]", "[centre, centre + size / 2]",
+           "test_model.py", "by_hand or round_trip"),
+    # The kernels
+    Mutant("match.cpp: IoU of .5 is background", "ops/match.cpp",
+           "if (best[j] >= threshold)", "if (best[j] > threshold)",
+           "test_ops.py", "match_at_the_threshold or match_random", compiled=True),
+    Mutant("nms.cpp: classes suppress each other", "ops/nms.cpp",
+           "if (groups[i] != group) kept.clear();", "",
+           "test_ops.py", "nms_groups or nms_random", compiled=True),
+    Mutant("greedy.h: negative scores sort upside down", "ops/greedy.h",
+           "return bits >> 31 ? bits :", "return bits >> 31 ? ~bits :",
+           "test_ops.py", "nms_order or nms_random", compiled=True),
+    Mutant("postprocess.cpp: a threshold's score passes the first sieve only with a margin",
+           "ops/postprocess.cpp",
+           "std::log(threshold) - 1e-3f", "std::log(threshold) + 1.0f",
+           "test_ops.py", "postprocess_random or postprocess_full", compiled=True),
+    # Training
+    Mutant("biases decay", "train.py",
+           '"params": biases, "weight_decay": 0.0',
+           '"params": biases, "weight_decay": weight_decay',
+           "test_train.py", "decay_and_rate"),
+    Mutant("the head's BN decays", "train.py",
+           '{"params": head_bn, "weight_decay": 0.0',
+           '{"params": head_bn, "weight_decay": weight_decay',
+           "test_train.py", "decay_and_rate"),
+    Mutant("the learning rate drops a step late", "train.py",
+           "done >= drop for drop", "done > drop for drop",
+           "test_train.py", "schedule"),
+    Mutant("micro-batches summed, not averaged", "train.py",
+           "((loss_loc + loss_conf) / args.accumulate).backward()",
+           "(loss_loc + loss_conf).backward()",
+           "test_train.py", "accumulation"),
+    Mutant("no linear rule", "train.py",
+           'RECIPES[recipe]["lr"] * scale', 'RECIPES[recipe]["lr"]',
+           "test_train.py", "linear_rule"),
+    Mutant("momentum lost on resuming", "train.py",
+           'optimizer.load_state_dict(checkpoint["optimizer"])', "pass",
+           "test_train.py", "resumed_run and SIGTERM"),
+    Mutant("resuming starts the stream anew", "train.py",
+           "start_step=step * args.accumulate", "start_step=0",
+           "test_train.py", "resumed_run and SIGTERM"),
+    Mutant("checkpoint written in place", "train.py",
+           'open(temporary, "wb")', 'open(path, "wb")',
+           "test_train.py", "save"),
+    Mutant("averaging the wrong way round", "train.py",
+           "lerp_(value, 1 - decay)", "lerp_(value, decay)",
+           "test_train.py", "averaged"),
+    # Data
+    Mutant("crop constraint never enforced", "data.py",
+           "success = iou >= MIN_IOUS[:, None]", "success = iou >= 0",
+           "test_data.py", "crop"),
+    Mutant("IoU .5 missing from the samplers", "data.py",
+           "np.array([0.1, 0.3, 0.5, 0.7, 0.9])", "np.array([0.1, 0.3, 0.7, 0.7, 0.9])",
+           "test_data.py", "crop"),
+    Mutant("boxes kept whose centre is outside", "data.py",
+           "keep = ((centre >= 0) & (centre <= 1)).all(axis=1) & ", "keep = ",
+           "test_data.py", "project"),
+    Mutant("hue in degrees of 360", "data.py",
+           "hue / 30", "hue / 60",
+           "test_data.py", "distort or colour"),
+    Mutant("no clamping after brightness", "data.py",
+           "brightness[:, None]).round_().clamp_(0, 255)", "brightness[:, None]).round_()",
+           "test_data.py", "distort or colour"),
+    Mutant("the mean in BGR order", "data.py",
+           "torch.tensor(config.mean, device", "torch.tensor(config.mean[::-1], device",
+           "test_data.py", "prepare"),
+    Mutant("boxes not mirrored with the image", "data.py",
+           "boxes = flip(boxes)", "pass",
+           "test_data.py", "stay_on_their_pixels"),
+    Mutant("every epoch augments alike", "data.py",
+           "default_rng((self.seed, epoch, index))", "default_rng((self.seed, 0, index))",
+           "test_data.py", "epoch"),
+    Mutant("the canvas grows to 2, not to 4", "data.py",
+           "ratio = rng.uniform(1.0, 4.0)", "ratio = rng.uniform(1.0, 2.0)",
+           "test_data.py", "expand"),
+    Mutant("the first class is background", "records.py",
+           "classes.index(name) + 1", "classes.index(name)",
+           "test_eval.py", "ceiling_on_shapes"),
+    # Evaluation
+    Mutant("VOC without + 1", "metrics.py",
+           "overlaps(det, gt, iou_threshold, plus=1.0)", "overlaps(det, gt, iou_threshold)",
+           "test_eval.py", "voc"),
+    Mutant("VOC with >= .5", "metrics.py",
+           "x[iou > iou_threshold]", "x[iou >= iou_threshold]",
+           "test_eval.py", "voc"),
+    Mutant("difficult objects counted", "metrics.py",
+           "ignored = difficult | ", "ignored = ",
+           "test_eval.py", "voc"),
+    Mutant("an object found twice", "metrics.py",
+           "np.sort(rows[np.unique(found[rows], return_index=True)[1]])", "np.sort(rows)",
+           "test_eval.py", "voc"),
+    Mutant("ten points instead of eleven", "metrics.py",
+           "np.arange(0, 1.1, 0.1)", "np.arange(0, 1.0, 0.1)",
+           "test_eval.py", "voc"),
+    Mutant("BN left in training mode at evaluation", "eval.py",
+           "    model.eval()\n    try:", "    model.train()\n    try:",
+           "test_eval.py", "run_detector or untrained"),
+]
+# fmt: on
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """What git knows or would add, or all that is no build, data or run."""
+    skip = (".git", "build", "runs", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "-co", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, check=True, text=True,
+        ).stdout  # fmt: skip
+        files = [Path(name) for name in listed.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):  # an export without .git
+        files = [p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file()]
+    for file in files:
+        if not set(file.parts) & set(skip) and (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / file, folder / file)
+    return folder
+
+
+def run_tests(repo: Path, tests: str, where: str, *, compiled: bool) -> tuple[int, str]:
+    """pytest's exit code (124: too long) and what it printed, of some tests of one file."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["SCRATCHDET_OPS"] = "require" if compiled else "reference"
+    environment.pop("SCRATCHDET_DATA", None)  # real data would only take longer
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    command += [f"tests/{tests}", "-k", where]
+    try:
+        done = subprocess.run(
+            command, cwd=repo, env=environment, capture_output=True, text=True, timeout=SECONDS,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, f"more than {SECONDS} seconds"
+    return done.returncode, done.stdout + done.stderr
+
+
+def plant(repo: Path, mutant: Mutant) -> str:
+    """Writes the bug into the copy; returns the file as it was."""
+    original = (repo / mutant.file).read_text()
+    if (count := original.count(mutant.old)) != 1:
+        raise ValueError(
+            f"{mutant.file} has {count} x {mutant.old!r}, expected once: {mutant.what}"
+        )
+    (repo / mutant.file).write_text(original.replace(mutant.old, mutant.new))
+    return original
+
+
+def verdict(repo: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Whether the tests saw the bug, and which one did."""
+    try:
+        original = plant(repo, mutant)
+    except (ValueError, OSError) as error:
+        return False, f"NOT PLANTED: {error}"
+    code, output = run_tests(repo, mutant.tests, mutant.where, compiled=mutant.compiled)
+    (repo / mutant.file).write_text(original)
+    if code == 1:  # some tests failed; others are errors of collection, or nothing selected
+        failed = next((s for s in output.splitlines() if s.startswith(("FAILED", "ERROR"))), "?")
+        return True, failed.split("::")[-1].split(" ")[0]
+    reason = {0: "SURVIVED", 5: "no such test", 124: "took too long"}.get(code, f"exit code {code}")
+    return False, reason + ("" if code == 0 else "\n" + output[-2000:])
+
+
+def control(repo: Path, mutants: list[Mutant], *, compiled: bool) -> str:
+    """Green without a bug: "", or what is red."""
+    for tests in sorted({m.tests for m in mutants if m.compiled == compiled}):
+        these = [m for m in mutants if m.compiled == compiled and m.tests == tests]
+        where = " or ".join(f"({m.where})" for m in these)
+        code, output = run_tests(repo, tests, where, compiled=compiled)
+        if code != 0:
+            return f"red without any bug: {tests} -k '{where}'\n{output[-3000:]}"
+    return ""
+
+
+def main(word: str = "") -> bool:
+    """Prints the table; True if the tests saw every bug."""
+    mutants = [m for m in MUTANTS if word.lower() in f"{m.what} {m.file}".lower()]
+    width, begin = max((len(m.what) for m in mutants), default=0), time.monotonic()
+    kernels = deque(m for m in mutants if m.compiled)
+    others = deque(m for m in mutants if not m.compiled)
+    missed = []
+
+    def work(folder: str, queues: list[deque]) -> None:
+        repo = copy_of_the_repository(Path(folder))
+        if problem := control(repo, list(queues[0]), compiled=queues[0] is kernels):
+            print(problem, flush=True)
+            missed.append(problem)
+            return
+        for queue in queues:
+            while True:
+                try:
+                    mutant = queue.popleft()
+                except IndexError:
+                    break
+                start = time.monotonic()
+                seen, by = verdict(repo, mutant)
+                if not seen:
+                    missed.append(mutant.what)
+                print(
+                    f"{'seen' if seen else 'MISSED':6}  {mutant.what:{width}}  "
+                    f"{time.monotonic() - start:4.0f} s  {by}",
+                    flush=True,
+                )
+
+    with (
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as two,
+        ThreadPoolExecutor(2) as pool,
+    ):  # one worker builds the kernels, the other needs none
+        jobs = [pool.submit(work, two, [others])]
+        jobs.append(pool.submit(work, one, [kernels, others]))
+        for job in jobs:
+            job.result()
+    print(
+        f"{len(mutants) - len(missed)} of {len(mutants)} bugs turned the tests red, "
+        f"{time.monotonic() - begin:.0f} s"
+    )
+    return not missed
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main(*sys.argv[1:]) else 1)
