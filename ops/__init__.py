@@ -194,8 +194,8 @@ def _load():
                 raise
             _say(
                 f"no {device.upper()} kernels: {error}.\n  So on {device.upper()} tensors the ops "
-                "run as plain PyTorch: the same results, 10 to 100 times slower.\n"
-                "  SCRATCHDET_OPS=reference silences this, SCRATCHDET_OPS=require makes it an error."
+                "run as plain PyTorch: the same results, 10 to 100 times slower.\n  "
+                "SCRATCHDET_OPS=reference silences this, SCRATCHDET_OPS=require makes it an error."
             )
 
 

@@ -50,13 +50,16 @@ def build(name, sources, flags=(), *, emulate=False, load=True):
     for path in [*sources, *sorted(OPS.rglob("*.h"))]:
         if not path.exists():
             raise BuildError(f"{path} is missing. Restore it (git checkout ops), then run again")
-        digest.update(str(path).encode() + path.read_bytes())
-    library, stamp = folder / f"scratchdet_{name}.so", folder / "built"
+        digest.update(f"{folder} {path}".encode() + path.read_bytes())
+    digest = digest.hexdigest()
+    # torch's loader gives the second library of one name in one process another name: so every
+    # state of the sources gets its own.
+    library, stamp = folder / f"scratchdet_{name}_{digest[:8]}.so", folder / "built"
     with _only_one(folder):
-        if not (stamp.exists() and stamp.read_text() == digest.hexdigest() and library.exists()):
+        if not (stamp.exists() and stamp.read_text() == digest and library.exists()):
             stamp.unlink(missing_ok=True)
             _compile(library, sources, flags, cuda=cuda, emulate=emulate)
-            stamp.write_text(digest.hexdigest())
+            stamp.write_text(digest)
         if load:
             try:
                 torch.ops.load_library(library)
@@ -79,16 +82,20 @@ def _root():
 
 def _folder_name(name, flags, cuda):
     """cuda-torch2.13.0+cu130-py311-sm_90-1a2b3c4d, cpu-torch2.13.0+cpu-py311-x86_64-5e6f7a8b."""
-    target = platform.machine()
-    machine = platform.processor()
-    with contextlib.suppress(OSError):  # Linux: the features that -march=native turns into code
-        machine = re.search(r"^(flags|Features).*$", Path("/proc/cpuinfo").read_text(), re.M)[0]
-    if cuda:
-        target = "_".join(_architectures())
-    parts = [machine, _compiler(), *CXX_FLAGS, *NVCC_FLAGS, *flags]
+    target = "_".join(_architectures()) if cuda else platform.machine()
+    parts = [_cpu(), _compiler(), *CXX_FLAGS, *NVCC_FLAGS, *flags]
     short = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     return f"{name}-torch{torch.__version__}-{python}-{target}-{short}"
+
+
+def _cpu():
+    """What -march=native turns into code: on Linux, the CPU's list of features."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(flags|Features).*$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[0]
+    return platform.processor()
 
 
 def _architectures():
@@ -132,8 +139,8 @@ def _compile(library, sources, flags, *, cuda, emulate):
     if cuda:
         nvcc_flags += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in _architectures()]
     files = " ".join(source.name for source in sources)
-    _say(f"compiling {files} once, some 10 seconds (cuda: a minute); log in {log}")
-    _say(f"if this hangs, an earlier build was killed: rm -r {folder}")
+    hint = f"log: {log}; if this hangs, an earlier build was killed: rm -r {folder}"
+    _say(f"compiling {files} once, some 10 seconds, with nvcc a minute ({hint})")
     try:
         cpp_extension.load(
             library.stem,
