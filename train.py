@@ -513,9 +513,9 @@ def main(argv: list[str] | None = None) -> dict:
         network = nn.parallel.DistributedDataParallel(network)
     model.train()
 
-    def stream(step: int):
+    def stream(step: int, images: int):
         return data.batches(
-            train, config.size, batch_size=micro, seed=args.seed, augment=args.augment,
+            train, config.size, batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
@@ -529,7 +529,9 @@ def main(argv: list[str] | None = None) -> dict:
     say(summary(model))
     say(f"{len(train):,} training images, {len(test):,} to evaluate, {len(classes)} classes")
     if not checkpoint:
-        batches = stream(0)
+        # On a CPU an image costs the same in any batch: eight tell how long 128 take.
+        probe = min(micro, 8) if device.type == "cpu" else micro
+        batches = stream(0, probe)
 
         def one_step():
             log, _ = forward_backward(network, model, batches, args)
@@ -537,6 +539,7 @@ def main(argv: list[str] | None = None) -> dict:
             log.tolist()
 
         step_seconds = seconds_a_step(one_step, (model, optimizer), 3 * (args.minutes or 0))
+        step_seconds *= micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / step_seconds))
     say(
@@ -545,10 +548,11 @@ def main(argv: list[str] | None = None) -> dict:
         f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
     )
     if not checkpoint:
-        hours = args.iterations * step_seconds / 3600
-        say(f"this will take about {hours:.2g} hours and {gib:.1f} GiB on {device}")
-        if hours > 24 * 14:
-            say("that is weeks: `--minutes 60` trains as well as an hour allows")
+        minutes = args.iterations * step_seconds / 60
+        takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+        say(f"this will take about {takes} and {gib:.1f} GiB on {device}")
+        if minutes > 7 * 24 * 60:
+            say("that is more than a week: --minutes 60 trains as well as an hour allows, here")
     log_file = None
     if lead:
         cut_log(out / "log.jsonl", first)
@@ -573,7 +577,7 @@ def main(argv: list[str] | None = None) -> dict:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stop.append(number))
     every = 1 if device.type == "cpu" or args.skip_nonfinite else 20
-    batches, pending, shown, begin = stream(first), [], 0.0, time.perf_counter()
+    batches, pending, shown, begin = stream(first, micro), [], 0.0, time.perf_counter()
     for step in range(first, args.iterations):
         log, images = forward_backward(network, model, batches, args)
         pending.append((step, images, log))
