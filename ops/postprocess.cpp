@@ -21,8 +21,8 @@ namespace {
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
-constexpr int LANES = 16;   // priors of one softmax block
-constexpr int STEPS = 4096; // of the score, in the histogram that finds the best top_k
+constexpr int LANES = 16;    // priors of one softmax block
+constexpr int STEPS = 4096;  // of the score, in the histogram that finds the best top_k
 
 struct Detection {
   float score;
@@ -66,12 +66,11 @@ void plausible_priors(const float* logits, int64_t p, int64_t c, float threshold
   for (int64_t i = 0; i < p; ++i) {
     const float* row = logits + i * c;
     int32_t any[W] = {};
-    if ((p - i) * c < blocks * W) any[0] = -1;  // the last one: do not read past the end
-    else
-      for (int64_t b = 0; b < blocks; ++b)
-        for (int j = 0; j < W; ++j)
-          any[j] |= -(row[b * W + j] - row[0] > margin) & is_object[b * W + j];
-    int32_t found = 0;
+    const bool is_last = (p - i) * c < blocks * W;  // its blocks would reach past the end
+    for (int64_t b = 0; b < blocks && !is_last; ++b)
+      for (int j = 0; j < W; ++j)
+        any[j] |= -(row[b * W + j] - row[0] > margin) & is_object[b * W + j];
+    int32_t found = is_last;
     for (int j = 0; j < W; ++j) found |= any[j];
     out[count] = i;
     count += found != 0;
@@ -203,4 +202,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> postprocess_cpu(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(scratchdet, CPU, m) { m.impl("postprocess", TORCH_BOX(&postprocess_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(scratchdet, CPU, m) {
+  m.impl("postprocess", TORCH_BOX(&postprocess_cpu));
+}
