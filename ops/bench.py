@@ -48,8 +48,10 @@ def clustered_boxes(n, rng):
 
 
 def objects(num_images, mean, rng):
-    """Boxes (T,4) and offsets (N+1,): 1 + Poisson(mean - 1) objects an image."""
-    counts = torch.poisson(torch.full((num_images,), mean - 1.0), generator=rng).long() + 1
+    """Boxes (T,4) and offsets (N+1,): 1 + Poisson(mean - 1) objects an image; in one, `mean`."""
+    counts = torch.tensor([int(mean)])
+    if num_images > 1:
+        counts = torch.poisson(torch.full((num_images,), mean - 1.0), generator=rng).long() + 1
     size = torch.rand(int(counts.sum()), 2, generator=rng) * 0.6 + 0.05
     corner = torch.rand(size.shape, generator=rng) * (1 - size)
     return torch.cat([corner, corner + size], 1), torch.cat([counts[:1] * 0, counts.cumsum(0)])
