@@ -62,55 +62,68 @@ except ImportError:  # Windows
     fcntl = None
 
 
+def snap(
+    source_xyxy: np.ndarray, image_size: tuple[int, int], size: int
+) -> tuple[np.ndarray, list[int], list[int], int]:
+    """Moves a source rectangle to whole pixels: -> source, part, inside, factor.
+
+    `part` (x0 y0 x1 y1, pixels of the image) is what the source shows of the image, and `inside`
+    where that lands on the canvas of size x size; the rest of the canvas lies beside the image.
+    Both are rounded to the nearest pixel, and the returned source is the one that the two mean,
+    so boxes and pixels agree exactly. An image that shrinks by 2, 4 or 8 can be decoded at that
+    fraction if it is a JPEG (`factor`), and `part` keeps to multiples of it.
+    """
+    source, part, inside = source_xyxy.tolist(), [0] * 4, [0] * 4
+    units = [(source[a + 2] - source[a]) * image_size[a] / size for a in (0, 1)]
+    factor = next(f for f in (8, 4, 2, 1) if f <= max(1.0, min(units)))
+    if source == [0.0, 0.0, 1.0, 1.0]:  # a whole image stays whole
+        factor = math.gcd(factor, *image_size)
+    for a, length in enumerate(image_size):
+        low, high, unit = source[a] * length, source[a + 2] * length, units[a]
+        first = round(max(low, 0.0) / factor) * factor
+        last = min(round(high / factor), length // factor) * factor
+        start = 0 if low >= 0 else min(round((first - low) / unit), size)
+        end = size if high <= length else min(round((last - low) / unit), size)
+        if first >= last or start >= end:
+            return source_xyxy, [0] * 4, [0] * 4, 1  # nothing of the image is on the canvas
+        part[a], part[a + 2], inside[a], inside[a + 2] = first, last, start, end
+        unit = (last - first) / (end - start)
+        source[a] = (first - start * unit) / length
+        source[a + 2] = source[a] + size * unit / length
+    return np.array(source), part, inside, factor
+
+
 def render(
     record: Record,
-    source_xyxy: tuple,
+    part: list[int],
+    inside: list[int],
+    factor: int,
     size: int,
-    *,
-    mirrored: bool = False,
     pixels: np.ndarray | None = None,
-) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """A rectangle of the image, which may reach beyond it, as a canvas of `size` x `size`.
+) -> Tensor:
+    """Shows `part` of the image at `inside` on a canvas, as from `snap`: -> (3, S, S) uint8.
 
-    Returns the canvas (S, S, 3) uint8 and `inside`, the pixels x0 y0 x1 y1 of it that the image
-    covers whole; the others are left 0. One bilinear resize (antialiased where it shrinks) of just
-    the source of those pixels, so boxes and pixels agree exactly. `pixels` (h, w, 3) is the decoded
-    image, from the cache.
+    One bilinear resize, antialiased where it shrinks, of just that part; 0 beside the image.
+    `pixels` (h, w, 3) is the decoded image, from the cache. torch's resize of bytes is Pillow's,
+    to one grey level, and three times as fast.
     """
-    canvas = np.zeros((size, size, 3), np.uint8)
-    inside, box = [0] * 4, [0.0] * 4
-    for axis, length in enumerate(record.size):
-        low, high = source_xyxy[axis], source_xyxy[axis + 2]
-        unit = (high - low) / size  # of one canvas pixel, in units of the image
-        first = math.ceil(max(0.0, -low / unit) - 1e-6)
-        last = math.floor(min(size, (1 - low) / unit) + 1e-6)
-        if last <= first:
-            return canvas, (0, 0, 0, 0)  # all of it lies beside the image: nothing to decode
-        inside[axis], inside[axis + 2] = first, last
-        box[axis] = max(0.0, (low + first * unit) * length)
-        box[axis + 2] = min(float(length), (low + last * unit) * length)
-    x0, y0, x1, y1 = inside
-    shrink = (box[2] - box[0]) / (x1 - x0), (box[3] - box[1]) / (y1 - y0)
+    canvas = torch.zeros((3, size, size), dtype=torch.uint8)
+    x0, y0, x1, y1 = part
+    left, top, right, bottom = inside
+    if x0 == x1:
+        return canvas  # all of it lies beside the image: nothing to decode
     if pixels is None:
         image = open_record(record)
-        if image.format == "JPEG" and min(shrink) >= 2:  # decode at 1/2, 1/4 or 1/8: DCT scaling
-            factor = min(8, 1 << int(math.log2(min(shrink))))
-            image.draft(None, (image.width // factor, image.height // factor))
-            factor = round(record.size[0] / image.width)
-            box = [min(side / factor, image.size[i % 2]) for i, side in enumerate(box)]
-        image = decode(image, record)
-    else:  # only the part that the filter reads: it reaches `shrink` pixels beyond the box
-        margin = math.ceil(max(shrink)) + 1
-        left, top = max(0, int(box[0]) - margin), max(0, int(box[1]) - margin)
-        part = pixels[top : int(box[3]) + margin + 1, left : int(box[2]) + margin + 1]
-        image = Image.fromarray(np.ascontiguousarray(part))
-        box = [box[0] - left, box[1] - top, box[2] - left, box[3] - top]
-    resized = image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=tuple(box))
-    if mirrored:
-        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        x0, x1 = size - x1, size - x0
-    canvas[y0:y1, x0:x1] = np.asarray(resized)
-    return canvas, (x0, y0, x1, y1)
+        if factor > 1 and image.format == "JPEG":
+            if image.draft(None, (image.width // factor, image.height // factor)):
+                x0, y0, x1, y1 = (side // factor for side in part)
+        pixels = np.asarray(decode(image, record))
+    piece = torch.from_numpy(pixels[y0:y1, x0:x1].copy()).permute(2, 0, 1)[None]  # (1, 3, h, w)
+    resized = torch.nn.functional.interpolate(
+        piece, (bottom - top, right - left), mode="bilinear", antialias=True
+    )
+    canvas[:, top:bottom, left:right] = resized[0]
+    return canvas
 
 
 # ------------------------------------------------------------------------------ augmentation
@@ -271,7 +284,7 @@ def prepare(batch: "Batch", config) -> Tensor:
 
 
 class Batch(NamedTuple):
-    images: Tensor  # (N, 3, S, S) uint8 RGB, channels_last; 0 outside `inside`
+    images: Tensor  # (N, 3, S, S) uint8 RGB; 0 outside `inside`
     inside: Tensor  # (N, 4) int64 x0 y0 x1 y1: the pixels that the image covers
     colour: Tensor  # (N, 5) float32, for `distort`
     boxes_xyxy: Tensor  # (T, 4) float32, in units of the canvas
@@ -319,17 +332,16 @@ class Dataset(torch.utils.data.Dataset):
             part = crop(project(boxes, labels, source)[0], rng)
             source = np.concatenate([corner + part[:2] * side, corner + part[2:] * side])
             colour = draw_colour(rng)
+        source, part, inside, factor = snap(source, record.size, self.size)
         boxes, labels = project(boxes, labels, source)
-        mirrored = self.augment != "none" and rng.random() < 0.5
-        if mirrored:
-            boxes = flip(boxes)
         pixels = None
         if self.cache is not None:
             (w, h), start = record.size, self.starts[index]
             pixels = memory_map(self.cache)[start : start + w * h * 3].reshape(h, w, 3)
-        image, inside = render(
-            record, tuple(source.tolist()), self.size, mirrored=mirrored, pixels=pixels
-        )
+        image = render(record, part, inside, factor, self.size, pixels)
+        if self.augment != "none" and rng.random() < 0.5:
+            image, boxes = image.flip(-1), flip(boxes)
+            inside = [self.size - inside[2], inside[1], self.size - inside[0], inside[3]]
         return image, inside, colour, boxes, labels, index
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> "Batch | BadData":
@@ -339,7 +351,7 @@ class Dataset(torch.utils.data.Dataset):
             return error  # raised by `load`, in one line, not with a worker's traceback
         images, inside, colour, boxes, labels, indices = zip(*samples, strict=True)
         return Batch(
-            torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+            torch.stack(images),
             torch.tensor(inside),
             torch.tensor(colour, dtype=torch.float32),
             torch.from_numpy(np.concatenate(boxes).astype(np.float32)),
@@ -439,7 +451,7 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool) -> Iterator
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise RuntimeError(
-            f"a data worker died ({str(error).splitlines()[0]}). If it was killed, memory or "
+            f"a data worker died ({repr(error).splitlines()[0]}). If it was killed, memory or "
             f"/dev/shm ran out: use fewer --workers (now {workers}) or a smaller --batch-size"
         ) from error
 
@@ -464,7 +476,7 @@ def cache_starts(records: list[Record]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def memory_map(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, mode="r")
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
 def build_cache(records: list[Record], folder: str | Path) -> Path:
