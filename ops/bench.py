@@ -313,7 +313,8 @@ def main():
     if not ops.COMPILED["cpu"] or ops.MODE == "emulate":
         raise SystemExit(f"error: the CPU kernels are not loaded ({ops.describe()})")
     rng = torch.Generator().manual_seed(0)
-    print(hardware(), "\n" + ops.describe(), flush=True)
+    where = hardware()  # before the minutes in which somebody may commit
+    print(where, "\n" + ops.describe(), flush=True)
     seconds = 0.1 if quick else 1.0
     cpu = Table()
     print(*cpu.lines, sep="\n")
@@ -322,10 +323,9 @@ def main():
     single = [(1, 1), (1, 5), (1, 20), (1, 100), *many, (32, 7.3), (128, 7.3)]
     bench_match(cpu, many[:1] if quick else single, seconds, rng)
     bench_postprocess(cpu, (1,) if quick else (1, 32), seconds, rng)
-    text = [f"`python -m ops.bench`, {hardware()}.", "", *cpu.lines]
     if not quick:
         bench_build(cpu)
-        text = [text[0], "", *cpu.lines]
+    text = [f"`python -m ops.bench`, {where}.", "", *cpu.lines]
     if torch.cuda.is_available() and ops.COMPILED["cuda"]:
         from . import bench_cuda
 
