@@ -15,15 +15,16 @@ MATCH = ("match_1_pairs", "match_2_priors")
 CPU = ("nms_1_loop", "nms_2_arrays")
 
 
-def load(device, flags=(), *, final=False):
+def load(device, flags=(), *, final=False, label="ladder"):
     """Build the CUDA rungs for "cuda" or "emulate", or those for "cpu" -> {rung: op}.
 
     Raises ops.BuildError.
 
     `final` adds the final kernels match, nms and postprocess, under another name than the ops that
-    they override elsewhere: so a test can call them beside the CPU's.
+    they override elsewhere: so a test can call them beside the CPU's. Libraries of different
+    `flags` have different labels.
     """
-    space = f"scratchdet_ladder_{device}"
+    space = f"scratchdet_{label}_{device}"
     names = CPU if device == "cpu" else [*NMS, *MATCH, *(NAMES if final else ())]
     for name in names:
         schema = str(getattr(torch.ops.scratchdet, name.split("_")[0]).default._schema)
@@ -32,5 +33,5 @@ def load(device, flags=(), *, final=False):
     suffix = ".cpp" if device == "cpu" else ".cu"
     sources = [f"{'' if name in NAMES else 'ladder/'}{name}{suffix}" for name in names]
     flags = [f"-DOP_NAMESPACE={space}", *flags]
-    build(f"ladder_{device}", sources, flags, emulate=device == "emulate")
+    build(f"{label}_{device}", sources, flags, emulate=device == "emulate")
     return {name: getattr(getattr(torch.ops, space), name).default for name in names}

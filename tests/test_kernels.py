@@ -1,0 +1,472 @@
+"""The CUDA kernels and every rung of the ladder, emulated on CPU threads, against the reference.
+
+The .cu files are compiled unchanged by g++ (ops/emulate.h). The slow tier adds ThreadSanitizer,
+AddressSanitizer and UBSan, blocks as large as on a GPU, and nvcc. What only a GPU can show is
+marked `cuda`; test_ops.py runs there as well, on both devices.
+"""
+
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_ops
+import torch
+
+import ops
+from ops import ladder, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+BARRIER = "__syncthreads();"
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """{name: op}: the rungs and the final kernels, emulated."""
+    return build_or_skip(lambda: ladder.load("emulate", ["-O1"], final=True))
+
+
+def build_or_skip(build):
+    try:
+        return build()
+    except ops.BuildError as error:
+        if ops.MODE == "require":
+            raise
+        pytest.skip(f"the emulated kernels do not build here: {error}")
+
+
+@pytest.fixture
+def emulated(kernels, monkeypatch):
+    """ops.match, ops.nms and ops.postprocess are the emulated kernels during this test."""
+
+    def with_defaults(kernel, like):
+        def call(*args, **kwargs):
+            bound = inspect.signature(like).bind(*args, **kwargs)
+            bound.apply_defaults()
+            return kernel(*bound.args)
+
+        return call
+
+    for name in ops.NAMES:
+        monkeypatch.setattr(ops, name, with_defaults(kernels[name], getattr(ops, name)))
+
+
+def run(script, *arguments, **env):
+    """A Python script of this repository in a process of its own -> (exit status, all output)."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+# ------------------------------------------------------------------------------- nms
+
+NMS = [*ladder.NMS, "nms"]
+
+
+@pytest.mark.parametrize("name", NMS)
+def test_nms_random_cases(kernels, rng, name):
+    for _ in range(20):
+        case = test_ops.nms_case(rng, 70)
+        assert torch.equal(kernels[name](*case), reference.nms(*case)), case
+
+
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 150])
+@pytest.mark.parametrize("name", NMS)
+def test_nms_sizes(kernels, rng, name, n):
+    boxes = test_ops.random_boxes(n, rng)
+    case = boxes, torch.rand(n, generator=rng), torch.arange(n) % 3, 0.45
+    assert torch.equal(kernels[name](*case), reference.nms(*case))
+
+
+@pytest.mark.parametrize("name", ["nms_2_tiles", "nms_3_scan", "nms_4_block", "nms"])
+def test_nms_1000(kernels, rng, name):
+    boxes = test_ops.random_boxes(1000, rng, grid=40, odd=0.02)
+    scores = test_ops.random_scores(1000, rng, levels=50, odd=0.02)
+    case = boxes, scores, torch.arange(1000) % 2, 0.45
+    assert torch.equal(kernels[name](*case), reference.nms(*case))
+
+
+def test_nms_second_panel(kernels, rng):
+    """Above 4,096 boxes the survivors of one panel suppress boxes of the next."""
+    centres = test_ops.random_boxes(40, rng)
+    boxes = centres[torch.arange(4200) % 40] + torch.randn(4200, 4, generator=rng) * 0.01
+    case = boxes, torch.rand(4200, generator=rng), torch.arange(4200) // 40 % 2, 0.45
+    keep = kernels["nms"](*case)
+    assert torch.equal(keep, reference.nms(*case))
+    late = case[1].argsort(descending=True)[4096:]
+    assert not keep[late].all(), "no box of the second panel was suppressed: the test shows nothing"
+
+
+def test_nms_order_and_threshold(emulated):
+    test_ops.test_nms_order("cpu")
+    test_ops.test_nms_at_the_threshold("cpu")
+
+
+def test_nms_block_refuses_too_many(kernels):
+    with pytest.raises(RuntimeError, match="at most 1024 boxes; got 1025"):
+        kernels["nms_4_block"](torch.zeros(1025, 4), torch.zeros(1025), torch.arange(1025), 0.5)
+
+
+# ------------------------------------------------------------------------------- match
+
+MATCH = [*ladder.MATCH, "match"]
+
+
+@pytest.mark.parametrize("name", MATCH)
+def test_match_random_cases(kernels, rng, name):
+    for most in (6, 6, 20):
+        for _ in range(8):
+            case = test_ops.match_case(rng, 150, most)
+            assert torch.equal(kernels[name](*case), reference.match(*case)), case
+
+
+@pytest.mark.parametrize("name", MATCH)
+def test_match_sizes(kernels, rng, name):
+    """More boxes than a tile of shared memory holds, more than there are priors, and none."""
+    for counts, p in [([], 5), ([0], 5), ([2], 0), ([0, 3, 0], 1), ([70, 1], 63), ([130], 200)]:
+        priors, boxes = test_ops.random_boxes(p, rng), test_ops.random_boxes(sum(counts), rng)
+        case = priors, boxes, test_ops.spread(counts), 0.5
+        assert torch.equal(kernels[name](*case), reference.match(*case)), (counts, p)
+
+
+def test_match_special_cases(emulated, rng):
+    test_ops.test_match_shared_best_prior("cpu")
+    test_ops.test_match_at_the_threshold("cpu")
+    # Equal boxes, and fewer or as many priors: all want the same prior, round after round.
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(12, 4)
+    priors = test_ops.random_boxes(12, rng) * 0.2 + 0.4
+    for case in [(priors, boxes), (priors[:5], boxes), (boxes, boxes)]:
+        test_ops.check_match(*case, test_ops.spread([12]), 0.9)
+
+
+def test_match_ssd300(kernels, rng):
+    """8,732 priors: several passes of the registers."""
+    priors = test_ops.random_boxes(8732, rng)
+    case = priors, test_ops.random_boxes(8, rng), test_ops.spread([5, 0, 3]), 0.5
+    assert torch.equal(kernels["match"](*case), reference.match(*case))
+
+
+def test_match_wrong_offsets_stay_in_memory(kernels, rng):
+    """On a GPU nobody can check them before the launch: they must not reach other rows."""
+    boxes = test_ops.random_boxes(4, rng)
+    for offsets in ([-5, 99], [3, 1], [2**40, 2**41], [-(2**40), 2]):
+        matched = kernels["match"](boxes, boxes, torch.tensor(offsets), 0.5)
+        assert ((matched >= -1) & (matched < 4)).all()
+
+
+# ------------------------------------------------------------------------------- postprocess
+
+
+def test_postprocess_random_cases(emulated, rng):
+    images = excused = 0
+    for background in (-3.0, 0.0, 5.0):
+        for limits in [(0.0, 3, 0.45, 7), (0.01, 20, 0.45, 200), (0.3, 400, 0.3, 30)]:
+            p, c = test_ops.random_int(1, 200, rng), test_ops.random_int(2, 7, rng)
+            case = test_ops.post_case(rng, 2, p, c, background=background)
+            excused += test_ops.check_postprocess(*case, *limits)
+            images += 2
+    assert excused <= 0.06 * images
+
+
+@pytest.mark.parametrize("sizes", [(0, 9, 3), (2, 0, 3), (2, 9, 1), (1, 1, 2), (1, 64, 93)])
+def test_postprocess_sizes(emulated, rng, sizes):
+    test_ops.check_postprocess(*test_ops.post_case(rng, *sizes), 0.001, 400, 0.45, 50)
+
+
+def test_postprocess_ties_and_by_hand(emulated, rng):
+    """Equal scores beyond any cut; a whole image of equal logits selects by index alone."""
+    test_ops.test_postprocess_by_hand("cpu")
+    test_ops.test_postprocess_ties("cpu", rng)
+    loc, logits, priors = test_ops.post_case(rng, 1, 700, 3)
+    logits[:] = torch.tensor([0.0, 1.0, 0.5])
+    test_ops.check_postprocess(loc, logits, priors, 0.01, 70, 0.45, 200)
+
+
+def test_postprocess_odd_numbers(emulated, rng):
+    test_ops.test_postprocess_odd_numbers("cpu", rng)
+
+
+def test_postprocess_long_lists(emulated, rng):
+    """More candidates, and more detections, than a block's shared memory holds."""
+    loc, logits, priors = test_ops.post_case(rng, 1, 1500, 3, background=-4.0)
+    priors[:, 2:] *= 0.02
+    assert int(reference.postprocess(loc, logits, priors, 0.01, 1400, 0.45, 2000)[3]) > 1024
+    test_ops.check_postprocess(loc, logits, priors, 0.01, 1400, 0.45, 2000)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_postprocess_types(emulated, rng, dtype):
+    """Read as they are, and converted one number at a time."""
+    loc, logits, priors = test_ops.post_case(rng, 1, 100, 5)
+    limits = 0.01, 400, 0.45, 200
+    mine = ops.postprocess(loc.to(dtype), logits.to(dtype), priors, *limits)
+    theirs = ops.postprocess(loc.to(dtype).float(), logits.to(dtype).float(), priors, *limits)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_postprocess_full_size(emulated, rng):
+    """Untrained: all 174,640 pairs pass the threshold."""
+    case = test_ops.post_case(rng, 1, 8732, 21, spread_logits=0.3, background=0.0)
+    test_ops.check_postprocess(*case, 0.01, 400, 0.45, 200)
+
+
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_strides_do_not_matter(kernels, rng, op):
+    arguments = test_ops.op_cases("strided", rng)[op]
+    dense = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
+    results = kernels[op](*arguments), kernels[op](*dense)
+    pairs = zip(*[x if isinstance(x, tuple) else (x,) for x in results], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------- the emulator
+
+PRIMITIVES = """
+#include "device.h"
+namespace {
+// grid (2, 3, 2), 64 threads: lane sums by shuffles, votes, atomics, shared memory of both kinds
+__global__ void kernel(int64_t* out) {
+  DYNAMIC_SHARED(int, dynamic);
+  __shared__ int total, largest, bits;
+  const int t = threadIdx.x, lane = t % 32;
+  const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (t == 0) total = largest = bits = 0;
+  __syncthreads();
+  int sum = t;
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_down_sync(kFullWarp, sum, step);
+    if (lane + step < 32) sum += other;
+  }
+  const unsigned odd = __ballot_sync(kFullWarp, t % 2);
+  const bool any = __any_sync(kFullWarp, t == 40);
+  const int neighbour = __shfl_xor_sync(kFullWarp, t, 1);
+  dynamic[t] = neighbour;
+  if (lane == 0) atomicAdd(&total, sum);
+  atomicMax(&largest, t * block);
+  atomicOr(&bits, 1 << lane / 4);
+  __syncthreads();
+  if (t >= 8) return;  // threads may leave early
+  const int64_t answers[] = {total, largest, bits, odd, any, dynamic[1], dynamic[63], blockDim.x};
+  out[block * 8 + t] = answers[t];
+}
+Tensor primitives(const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {12, 8});
+  LAUNCH(kernel, dim3(2, 3, 2), 64, 64 * sizeof(int), Stream())(out.mutable_data_ptr<int64_t>());
+  return out;
+}
+}  // namespace
+STABLE_TORCH_LIBRARY_IMPL(emulator_test, DEVICE_KEY, m) {
+  m.impl("primitives", TORCH_BOX(&primitives));
+}
+"""
+
+
+def test_emulator_primitives(tmp_path):
+    source = tmp_path / "primitives.cu"
+    source.write_text(PRIMITIVES)
+    torch.library.define("emulator_test::primitives", "(Tensor like) -> Tensor")
+    build_or_skip(lambda: ops.build("primitives", [source], ["-O1"], emulate=True))
+    out = torch.ops.emulator_test.primitives(torch.zeros(1, dtype=torch.int64))
+    for block, row in enumerate(out.tolist()):
+        assert row == [2016, 63 * block, 255, 0xAAAAAAAA, int(row[4]), 0, 62, 64]
+        assert row[4] == 0  # answered by thread 4, whose warp does not hold thread 40
+
+
+# ------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 40), ("address", 200)])
+def test_kernels_under_sanitizers(sanitize, cases):
+    arguments = "--kernels", "cuda", "--sanitize", sanitize, "--cases", cases
+    status, output = run("tests/fuzz_ops.py", *arguments)
+    assert status == 0, output[-4000:]
+    assert f"sanitizer {sanitize} silent" in output
+
+
+@pytest.mark.slow
+def test_fuzz_cpu_kernels():
+    status, output = run("tests/fuzz_ops.py", "--cases", 3000)
+    assert status == 0, output[-4000:]
+    assert "sanitizer address silent" in output
+
+
+# One barrier of each kernel: (file, how many barriers stand before it, case of the fuzz script)
+RACES = [
+    ("match.cu", 1, 0),  # the tile of boxes is read before it is full
+    ("match.cu", 6, 0),  # the winner of a greedy round is read before all have voted
+    ("sort.h", 1, 1),  # keys of other threads
+    ("tile.h", 0, 1),  # boxes of the tile
+    ("nms.cu", 1, 1),  # survivors of the chunk
+    ("postprocess.cu", 1, 2),  # logits of other rows
+    ("postprocess.cu", 3, 2),  # the histogram
+]
+
+
+def without_barrier(source, skipped):
+    """The text with the barrier after the first `skipped` ones removed."""
+    places = [match.start() for match in re.finditer(re.escape(BARRIER), source)]
+    start = places[skipped]
+    return source[:start] + source[start + len(BARRIER) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "skipped", "case"), RACES)
+def test_thread_sanitizer_finds_a_missing_barrier(tmp_path, file, skipped, case):
+    """Take one __syncthreads() out of a kernel: ThreadSanitizer reports the race."""
+    for folder in ("ops", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    broken = tmp_path / "ops" / file
+    broken.write_text(without_barrier(broken.read_text(), skipped))
+    arguments = "--kernels", "cuda", "--sanitize", "thread", "--first", case, "--cases", 1
+    status, output = run(tmp_path / "tests/fuzz_ops.py", *arguments, "--only-final")
+    assert status != 0, output[-4000:]
+    assert "WARNING: ThreadSanitizer: data race" in output
+
+
+@pytest.mark.slow
+def test_blocks_of_the_gpu_size(rng):
+    """All above runs blocks of 64 threads, because CPU threads are slow; here, 256 and 1,024."""
+    flags = ["-O1", "-DEMULATE_FULL_BLOCKS"]
+    kernels = build_or_skip(lambda: ladder.load("emulate", flags, final=True, label="full"))
+    for _ in range(3):
+        for op, name in [("nms", n) for n in NMS] + [("match", n) for n in MATCH]:
+            case = test_ops.nms_case(rng, 200) if op == "nms" else test_ops.match_case(rng, 200, 9)
+            assert torch.equal(kernels[name](*case), getattr(reference, op)(*case)), name
+    case = *test_ops.post_case(rng, 1, 500, 4), 0.01, 400, 0.45, 200
+    mine, theirs = kernels["postprocess"](*case), reference.postprocess(*case)
+    assert test_ops.same_detections(mine, theirs) or test_ops.fragile(*case)
+
+
+@pytest.mark.slow
+def test_one_image_with_5000_boxes(kernels, rng):
+    """79 tiles of boxes, and more boxes than priors: each prior is taken."""
+    priors, boxes = test_ops.random_boxes(400, rng), test_ops.random_boxes(5000, rng)
+    case = priors, boxes, test_ops.spread([5000]), 0.5
+    assert torch.equal(kernels["match"](*case), reference.match(*case))
+
+
+@pytest.mark.slow
+def test_nvcc_compiles_every_file():
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on this machine")
+    status, output = run("ops/compile_cuda.py")
+    assert status == 0, output
+    assert "no spills" in output
+
+
+# ------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture(scope="module")
+def cuda_rungs():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return ladder.load("cuda")
+
+
+@pytest.mark.cuda
+def test_cuda_rungs(cuda_rungs, rng):
+    for name, rung in cuda_rungs.items():
+        op = name.split("_")[0]
+        for _ in range(200):
+            big = 1000 if op == "nms" else 30
+            case = (
+                test_ops.nms_case(rng, big) if op == "nms" else test_ops.match_case(rng, 900, big)
+            )
+            on_gpu = [x.cuda() if torch.is_tensor(x) else x for x in case]
+            assert torch.equal(rung(*on_gpu).cpu(), getattr(reference, op)(*case)), name
+
+
+@pytest.fixture
+def batch(rng):
+    """Arguments of the three ops as a training or test batch has them, on the GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not ops.COMPILED["cuda"]:
+        pytest.skip(f"the CUDA kernels are not built ({ops.describe()})")
+    counts = torch.poisson(torch.full((32,), 2.4), generator=rng).int().tolist()
+    priors, boxes = test_ops.random_boxes(8732, rng), test_ops.random_boxes(sum(counts), rng)
+    k = 9000
+    cases = {
+        "match": (priors, boxes, test_ops.spread(counts), 0.5),
+        "nms": (test_ops.random_boxes(k, rng), torch.rand(k), torch.arange(k) % 20, 0.45),
+        "postprocess": (*test_ops.post_case(rng, 4, 8732, 21), 0.01, 400, 0.45, 200),
+    }
+    return {
+        op: [x.cuda() if torch.is_tensor(x) else x for x in arguments]
+        for op, arguments in cases.items()
+    }
+
+
+def as_list(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_cuda_equals_cpu(batch, op):
+    arguments = batch[op]
+    on_cpu = [x.cpu() if torch.is_tensor(x) else x for x in arguments]
+    if op == "postprocess":
+        test_ops.check_postprocess(*on_cpu, device="cuda")
+        return
+    assert torch.equal(getattr(ops, op)(*arguments).cpu(), getattr(ops, op)(*on_cpu))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_cuda_graph(batch, op):
+    """Recorded once, replayed on other numbers: so the op neither waits nor looks at its data."""
+    arguments = batch[op]
+    for _ in range(3):  # torch asks for a warm-up on a side stream
+        with torch.cuda.stream(torch.cuda.Stream()):
+            getattr(ops, op)(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = as_list(getattr(ops, op)(*arguments))
+    first = arguments[1 if op == "postprocess" else 0]
+    first.copy_(first.flip(0 if op == "nms" else 1 if op == "postprocess" else 0))
+    graph.replay()
+    for a, b in zip(result, as_list(getattr(ops, op)(*arguments)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_cuda_other_stream(batch, op):
+    """The op runs on the current stream: after what was queued there, before what comes next."""
+    arguments = batch[op]
+    expected = as_list(getattr(ops, op)(*arguments))
+    late = [torch.zeros_like(x) if torch.is_tensor(x) else x for x in arguments]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would see the zeros
+        for to, x in zip(late, arguments, strict=True):
+            if torch.is_tensor(x):
+                to.copy_(x)
+        result = as_list(getattr(ops, op)(*late))
+    stream.synchronize()
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_cuda_does_not_wait(batch, op):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(ops, op)(*batch[op])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
