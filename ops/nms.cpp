@@ -1,4 +1,4 @@
-// nms on the CPU: sort, then test each box against the kept boxes, 64 at a time.
+// nms on the CPU: sort, then test each box against the kept boxes, a chunk of them at a time.
 //
 // The boxes are visited by (group, score descending, index ascending), so that the kept boxes of
 // one group lie together. One thread: each decision needs the one before it.
