@@ -9,18 +9,22 @@ holds, the largest logit of all in the log-sum-exp; lufficc/SSD: a division by z
 so on). Before that the same tests must be green on an untouched copy, or red would say nothing.
 """
 
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+import pytest
+import torch  # noqa: F401  the forks find it imported
+
+ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300  # that one run of the tests may take
 
 
@@ -156,17 +160,16 @@ MUTANTS = [
            "[centre - size / 2, centre + size / 2]", "[centre, centre + size / 2]",
            "test_model.py", "by_hand or round_trip"),
     # The kernels
-    Mutant("match.cpp: IoU of .5 is background", "ops/match.cpp",
+    Mutant("IoU of .5 is background", "ops/match.cpp",
            "if (best[j] >= threshold)", "if (best[j] > threshold)",
            "test_ops.py", "match_at_the_threshold or match_random", compiled=True),
-    Mutant("nms.cpp: classes suppress each other", "ops/nms.cpp",
+    Mutant("classes suppress each other", "ops/nms.cpp",
            "if (groups[i] != group) kept.clear();", "",
            "test_ops.py", "nms_groups or nms_random", compiled=True),
-    Mutant("greedy.h: negative scores sort upside down", "ops/greedy.h",
+    Mutant("negative scores sort upside down", "ops/greedy.h",
            "return bits >> 31 ? bits :", "return bits >> 31 ? ~bits :",
            "test_ops.py", "nms_order or nms_random", compiled=True),
-    Mutant("postprocess.cpp: a threshold's score passes the first sieve only with a margin",
-           "ops/postprocess.cpp",
+    Mutant("the first sieve stops too many", "ops/postprocess.cpp",
            "std::log(threshold) - 1e-3f", "std::log(threshold) + 1.0f",
            "test_ops.py", "postprocess_random or postprocess_full", compiled=True),
     # Training
@@ -220,7 +223,7 @@ MUTANTS = [
            "torch.tensor(config.mean, device", "torch.tensor(config.mean[::-1], device",
            "test_data.py", "prepare"),
     Mutant("boxes not mirrored with the image", "data.py",
-           "boxes = flip(boxes)", "pass",
+           "np.stack([1 - x1, y0, 1 - x0, y1], axis=1)", "boxes_xyxy",
            "test_data.py", "stay_on_their_pixels"),
     Mutant("every epoch augments alike", "data.py",
            "default_rng((self.seed, epoch, index))", "default_rng((self.seed, 0, index))",
@@ -249,9 +252,10 @@ MUTANTS = [
            "test_eval.py", "voc"),
     Mutant("BN left in training mode at evaluation", "eval.py",
            "    model.eval()\n    try:", "    model.train()\n    try:",
-           "test_eval.py", "run_detector or untrained"),
+           "test_eval.py", "keeps_order or untrained"),
 ]
 # fmt: on
+WIDTH = max(len(mutant.what) for mutant in MUTANTS)
 
 
 def copy_of_the_repository(folder: Path) -> Path:
@@ -273,20 +277,31 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 
 def run_tests(repo: Path, tests: str, where: str, *, compiled: bool) -> tuple[int, str]:
-    """pytest's exit code (124: too long) and what it printed, of some tests of one file."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["SCRATCHDET_OPS"] = "require" if compiled else "reference"
-    environment.pop("SCRATCHDET_DATA", None)  # real data would only take longer
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    command += [f"tests/{tests}", "-k", where]
-    try:
-        done = subprocess.run(
-            command, cwd=repo, env=environment, capture_output=True, text=True, timeout=SECONDS,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return 124, f"more than {SECONDS} seconds"
-    return done.returncode, done.stdout + done.stderr
+    """pytest's exit code (negative: killed by that signal) and what it printed, of some tests.
+
+    In a fork of this process, which has imported torch but nothing of the repository: starting
+    Python anew for each bug would cost more than the tests do.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            os.chdir(repo)
+            sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+            os.environ["SCRATCHDET_OPS"] = "require" if compiled else "reference"
+            null = os.open(os.devnull, os.O_RDONLY)
+            for theirs, ours in ((null, 0), (output.fileno(), 1), (output.fileno(), 2)):
+                os.dup2(theirs, ours)
+            code = 3
+            try:
+                flags = ("-x", "-q", "--tb=line", "-p", "no:cacheprovider")
+                code = int(pytest.main([*flags, f"tests/{tests}", "-k", where]))
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read()
 
 
 def plant(repo: Path, mutant: Mutant) -> str:
@@ -311,66 +326,46 @@ def verdict(repo: Path, mutant: Mutant) -> tuple[bool, str]:
     if code == 1:  # some tests failed; others are errors of collection, or nothing selected
         failed = next((s for s in output.splitlines() if s.startswith(("FAILED", "ERROR"))), "?")
         return True, failed.split("::")[-1].split(" ")[0]
-    reason = {0: "SURVIVED", 5: "no such test", 124: "took too long"}.get(code, f"exit code {code}")
+    reason = {0: "SURVIVED", 5: "no such test", -14: "took too long"}.get(code, f"exit code {code}")
     return False, reason + ("" if code == 0 else "\n" + output[-2000:])
 
 
-def control(repo: Path, mutants: list[Mutant], *, compiled: bool) -> str:
-    """Green without a bug: "", or what is red."""
-    for tests in sorted({m.tests for m in mutants if m.compiled == compiled}):
-        these = [m for m in mutants if m.compiled == compiled and m.tests == tests]
-        where = " or ".join(f"({m.where})" for m in these)
+def work(group: list[Mutant]) -> list[str]:
+    """Plants the bugs that the tests of one file have to see; prints a row each; -> the missed."""
+    tests, compiled = group[0].tests, group[0].compiled
+    with tempfile.TemporaryDirectory() as folder:
+        repo = copy_of_the_repository(Path(folder))
+        where = " or ".join(sorted({f"({m.where})" for m in group}))
         code, output = run_tests(repo, tests, where, compiled=compiled)
         if code != 0:
-            return f"red without any bug: {tests} -k '{where}'\n{output[-3000:]}"
-    return ""
+            print(f"RED WITHOUT ANY BUG: {tests} -k '{where}'\n{output[-3000:]}", flush=True)
+            return [m.what for m in group]
+        missed = []
+        for mutant in group:
+            start = time.monotonic()
+            seen, by = verdict(repo, mutant)
+            row = f"{'seen' if seen else 'MISSED':6}  {mutant.file:19} {mutant.what:{WIDTH}}"
+            print(f"{row} {time.monotonic() - start:4.0f} s  {by}", flush=True)
+            if not seen:
+                missed.append(mutant.what)
+        return missed
 
 
 def main(word: str = "") -> bool:
     """Prints the table; True if the tests saw every bug."""
     mutants = [m for m in MUTANTS if word.lower() in f"{m.what} {m.file}".lower()]
-    width, begin = max((len(m.what) for m in mutants), default=0), time.monotonic()
-    kernels = deque(m for m in mutants if m.compiled)
-    others = deque(m for m in mutants if not m.compiled)
-    missed = []
-
-    def work(folder: str, queues: list[deque]) -> None:
-        repo = copy_of_the_repository(Path(folder))
-        if problem := control(repo, list(queues[0]), compiled=queues[0] is kernels):
-            print(problem, flush=True)
-            missed.append(problem)
-            return
-        for queue in queues:
-            while True:
-                try:
-                    mutant = queue.popleft()
-                except IndexError:
-                    break
-                start = time.monotonic()
-                seen, by = verdict(repo, mutant)
-                if not seen:
-                    missed.append(mutant.what)
-                print(
-                    f"{'seen' if seen else 'MISSED':6}  {mutant.what:{width}}  "
-                    f"{time.monotonic() - start:4.0f} s  {by}",
-                    flush=True,
-                )
-
-    with (
-        tempfile.TemporaryDirectory() as one,
-        tempfile.TemporaryDirectory() as two,
-        ThreadPoolExecutor(2) as pool,
-    ):  # one worker builds the kernels, the other needs none
-        jobs = [pool.submit(work, two, [others])]
-        jobs.append(pool.submit(work, one, [kernels, others]))
-        for job in jobs:
-            job.result()
-    print(
-        f"{len(mutants) - len(missed)} of {len(mutants)} bugs turned the tests red, "
-        f"{time.monotonic() - begin:.0f} s"
-    )
-    return not missed
+    groups: dict[tuple, list[Mutant]] = {}
+    for mutant in sorted(mutants, key=lambda m: not m.compiled):  # those that build come first
+        groups.setdefault((mutant.compiled, mutant.tests), []).append(mutant)
+    begin = time.monotonic()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        missed = [what for part in pool.map(work, groups.values()) for what in part]
+    seen = f"{len(mutants) - len(missed)} of {len(mutants)} bugs turned the tests red"
+    print(f"{seen}, {time.monotonic() - begin:.0f} s")
+    return bool(mutants) and not missed
 
 
 if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ.pop("SCRATCHDET_DATA", None)  # real data would only take longer
     sys.exit(0 if main(*sys.argv[1:]) else 1)

@@ -6,6 +6,7 @@ fifth of the work of the root block.
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from scratchdet import Config, ScratchDet
 
 ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
+OVERFIT_STEPS = 300
+CONTROL_STEPS = 300
 
 
 @pytest.fixture(scope="session")
@@ -536,3 +539,109 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     assert torch.load(tmp_path / "last.pt")["step"] == 2
     assert all(v.isfinite().all() for v in torch.load(tmp_path / "last.pt")["model"].values())
     assert len(json.loads((tmp_path / "nonfinite.json").read_text())["images"]) == 4
+
+
+# ------------------------------------------------------------------------------- minutes
+
+
+def start(folder: Path, *flags: object, threads: int = 1) -> subprocess.Popen:
+    """`python train.py FLAGS` in a process of its own; what it prints goes to a file."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "printed.txt", "a") as printed:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, flags)],
+            cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
+    """Waits for a good end; what it printed."""
+    code = process.wait(timeout=seconds)
+    printed = (folder / "printed.txt").read_text()
+    assert code == 0, printed[-3000:]
+    return printed
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tmp_path, capsys):
+    """kill -9 anywhere: last.pt is whole or not there yet, and going on gives the same weights."""
+    flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 40, "--save-every", 3)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begin = time.monotonic()
+    finish(start(whole, *flags, "--out", whole), whole, 300)
+    seconds = time.monotonic() - begin
+    rng, at = np.random.default_rng(), []
+    for _ in range(6):
+        process = start(killed, *flags, "--out", killed, "--resume")
+        last = killed / "last.pt"
+        moment = time.monotonic() + seconds * rng.uniform(0.5, 0.95)
+        while process.poll() is None and time.monotonic() < moment:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        at.append(torch.load(last)["step"] if last.exists() else 0)
+    finish(start(killed, *flags, "--out", killed, "--resume"), killed, 300)
+    with capsys.disabled():
+        print(f" [killed six times; checkpoints then at steps {at} of 40]", end="")
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.slow
+def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
+    """The first 16 ids of VOC07 train, no augmentation: mAP >= .95 on themselves in 300 steps."""
+    flags = ["--voc-root", voc_root, "--train-sets", "2007:train", "--overfit", 16]
+    flags += ["--out", tmp_path, "--iterations", OVERFIT_STEPS]
+    begin = time.monotonic()
+    finish(start(tmp_path, *flags, threads=2), tmp_path, 600)
+    result = json.loads((tmp_path / "results.json").read_text())
+    losses = [line["loss"] for line in steps_of(tmp_path)]
+    with capsys.disabled():
+        print(
+            f" [mAP {result['mAP']:.3f} after {len(losses)} steps, loss {losses[0]:.1f} -> "
+            f"{losses[-1]:.2f}, {time.monotonic() - begin:.0f} s]",
+            end="",
+        )
+    assert len(losses) <= 300
+    assert result["images"] == 16
+    assert result["mAP"] >= 0.95
+
+
+def shuffle_labels(root: Path, seed: int = 0) -> None:
+    """Deals the class names of the whole train split anew among its boxes: as many of each."""
+    files = sorted((root / "VOC2007" / "Annotations").glob("train*.xml"))
+    name = re.compile("<name>(.*?)</name>")
+    texts = [file.read_text() for file in files]
+    names = [found for text in texts for found in name.findall(text)]
+    dealt = iter(np.random.default_rng(seed).permutation(names).tolist())
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(name.sub(lambda _: f"<name>{next(dealt)}</name>", text))
+
+
+@pytest.mark.slow
+def test_controls_on_shapes(tmp_path, capsys):
+    """What the metric gives to a network that cannot know: untrained below .01; trained in the
+    same way, but with the labels shuffled among all boxes, below .30 and below the true labels."""
+    true = data.draw_shapes(tmp_path / "true", num_train=400, num_test=80)
+    shuffled = data.draw_shapes(tmp_path / "shuffled", num_train=400, num_test=80)
+    shuffle_labels(shuffled)
+    runs = {}
+    for name, root in (("true", true), ("shuffled", shuffled)):  # one core each
+        flags = voc_flags(root, "--recipe", "shapes", "--iterations", CONTROL_STEPS)
+        flags += ["--out", tmp_path / name, "--no-bf16"]
+        runs[name] = start(tmp_path / name, *flags)
+    for name, process in runs.items():
+        finish(process, tmp_path / name, 600)
+    found = {
+        name: json.loads((tmp_path / name / "results.json").read_text())["mAP"] for name in runs
+    }
+    torch.manual_seed(0)
+    records, classes = data.read_voc(true, ["2007:test"], data.SHAPE_CLASSES)
+    model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=tuple(classes)))
+    found["untrained"] = evaluation.evaluate(model, records, metric="voc07")["mAP"]
+    with capsys.disabled():
+        print(" [mAP:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), end="]")
+    assert found["untrained"] < 0.01
+    assert found["shuffled"] < 0.30
+    assert found["true"] > found["shuffled"] + 0.05
