@@ -158,11 +158,12 @@ def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
     """
     config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
     several, parts = len(passes) > 1, []
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
     for scale, aspect, longer, shorter in passes:
         side = round(config.size * scale)
         sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
-        pixels = np.asarray(image.resize(sides, Image.Resampling.BILINEAR)).copy()  # (H, W, 3)
-        x = normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device), config)
+        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
+        x = normalise(x.to(device), config)
         x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
         maps = model.features(x)
         priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
@@ -513,6 +514,8 @@ def main(argv=None):
         raise ValueError(f"--device {args.device}: torch {torch.__version__} sees no GPU here")
     if args.batch_size < 1 or args.workers < 0:
         raise ValueError(f"--batch-size {args.batch_size} --workers {args.workers}: too small")
+    if args.images and (args.fps or args.results or args.comp4 or args.voc_root or args.coco_root):
+        raise ValueError("--images measures nothing: of the outputs it takes --draw and --json")
     for file in filter(None, (args.json, args.results, args.export)):
         Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     model, checkpoint = load(args.checkpoint, args.device)
@@ -542,9 +545,13 @@ def main(argv=None):
     metric = "voc07" if all(name.startswith("2007:") for name in sets) else "voc"
     metric = "coco" if kind == "coco" else metric
     if args.fps:
+        tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        print(
+            f"float32{', convolutions in TF32' if tf32 else ''}, {model.config.size} px, images/s"
+        )
         for n in (1, 8):
             alone, whole = frames_per_second(model, records, batch_size=n)
-            print(f"batch {n}: {alone:.1f} images/s, with softmax, decoding and NMS {whole:.1f}")
+            print(f"batch {n}: network {alone:.1f}, with decoding and NMS {whole:.1f}")
         return None
     folder = output_folder(args.draw, [r.path for r in records]) if args.draw else None
 

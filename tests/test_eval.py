@@ -78,6 +78,9 @@ A, B, FAR = [11, 11, 50, 50], [101, 101, 150, 150], [201, 201, 240, 240]
         ([[1, 1, 10, 20]], None, [[1, 1, 10, 10]], [0.9], (0, 0)),
         # 11 x 11 in 11 x 21 = .52 with the inclusive pixel; 10 x 10 in 10 x 20 = .5 without
         ([[0, 0, 10, 20]], None, [[0, 0, 10, 10]], [0.9], (1, 1)),
+        # of two it overlaps equally, the first: the difficult one, so it does not count
+        ([[1, 1, 100, 100], [1, 11, 100, 110]], [1, 0], [[1, 6, 100, 105]], [0.9], (0, 0)),
+        ([[1, 1, 100, 100], [1, 11, 100, 110]], [0, 1], [[1, 6, 100, 105]], [0.9], (1, 1)),
         # it looks only at the object it overlaps most; that one is taken: a false positive
         (
             [[1, 1, 100, 100], [1, 1, 100, 80]],
@@ -296,7 +299,8 @@ def coco_cases():
     inside = [[110, 110, 140, 140], [150, 150, 180, 180]]
     # thresholds in steps: one object, one detection of IoU .7; and a tie between two objects
     wide, tie = [0, 0, 100, 70], [[0, 0, 100, 100], [0, 20, 100, 120]]
-    edge = [[0.1, 0.1, 32.1, 32.1], [100.3, 0.1, 196.3, 96.1]]  # areas 32 * 32 and 96 * 96
+    # areas 32 * 32 and 96 * 96; 0.3 + 32 - 0.3 is less than 32
+    edge = [[0.3, 0.3, 32.3, 32.3], [100.3, 0.3, 196.3, 96.3], [0.3, 200.3, 32.3, 232.3]]
     many = [[k * 2, 0, k * 2 + 40, 40] for k in range(60)]
     rng = np.random.default_rng(0)
     cases = {
@@ -307,7 +311,11 @@ def coco_cases():
         "crowd only": ([record([B], difficult=[1])], [found([B, A], [0.9, 0.8])], 1),
         "threshold steps": ([record([[0, 0, 100, 100]])], [found([wide], [0.9])], 1),
         "tie of two": ([record(tie)], [found([[0, 10, 100, 110], tie[0]], [0.9, 0.8])], 1),
-        "range borders": ([record(edge)], [found(edge[::-1], [0.6, 0.5])], 1),
+        "range borders": (
+            [record(edge[:2], area=[32**2, 96**2])],
+            [found(edge, [0.6, 0.5, 0.9])],
+            1,
+        ),
         "more than 100": (
             [record(many), record([A], name="2")],
             [found(many * 2, rng.random(120)), found([FAR, A], [0.999, 0.001])],
@@ -354,8 +362,8 @@ COCO_EXPECTED = {
         0.35, 0.85, 0.85, -1.0, -1.0, 0.85,
     ],
     "range borders": [
-        1.0, 1.0, 1.0, 1.0, 1.0, 1.0,
-        0.5, 1.0, 1.0, 1.0, 1.0, 1.0,
+        0.6666666667, 0.6666666667, 0.6666666667, 0.5, 0.6666666667, 1.0,
+        0.0, 1.0, 1.0, 1.0, 1.0, 1.0,
     ],
     "more than 100": [
         0.9255296295, 0.9540948808, 0.9397167259, -1.0, 0.9255296295, -1.0,
@@ -399,7 +407,9 @@ def by_pycocotools(records, detections, num_classes):
     from pycocotools.cocoeval import COCOeval
 
     def xywh(box):
-        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        sides = [box[2] - box[0], box[3] - box[1]]  # of a decimal box: the decimals it was made of
+        decimals = [round(side, 6) for side in sides]
+        return [box[0], box[1]] + (decimals if np.allclose(sides, decimals, 0, 1e-12) else sides)
 
     annotations, results = [], []
     for r, f in zip(records, detections, strict=True):
@@ -864,7 +874,7 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
     evaluation.main([checkpoint, "--voc-root", str(shapes), "--fps"])
     lines = capsys.readouterr().out.splitlines()
     assert "torch" in lines[0]
-    assert [line[:7] for line in lines[1:]] == ["batch 1", "batch 8"]
+    assert [line[:7] for line in lines[2:]] == ["batch 1", "batch 8"]
 
 
 @pytest.mark.parametrize(
@@ -884,6 +894,7 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (["{pt}", "--images", "{run}/none"], "no picture"),
+        (["{pt}", "--images", "{run}", "--fps"], "--images measures nothing"),
         (["{pt}", "--images", "{run}/text.jpg"], "text.jpg"),
         (["{pt}", "--voc-root", "{shapes}", "--draw", "{shapes}/VOC2007/JPEGImages"], "--draw"),
     ],
