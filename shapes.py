@@ -16,8 +16,8 @@ from PIL import Image, ImageChops, ImageDraw
 SHAPE_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
 
-def outline(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """Corners of a shape, turned by at most 20 degrees, filling the unit square: (K, 2)."""
+def outline(shape: str) -> np.ndarray:
+    """Corners of a shape that fills the unit square: (K, 2)."""
     count = {"square": 4, "triangle": 3, "star": 10, "cross": 12}.get(shape, 48)
     angle = 2 * np.pi * np.arange(count) / count - np.pi / (4 if shape == "square" else 2)
     points = np.stack([np.cos(angle), np.sin(angle)], axis=1)  # on the unit circle, (K, 2)
@@ -27,8 +27,6 @@ def outline(shape: str, rng: np.random.Generator) -> np.ndarray:
         arm = np.array([[-0.33, -1], [0.33, -1], [0.33, -0.33]])
         turn = np.array([[0, 1], [-1, 0]])  # by 90 degrees
         points = np.concatenate([arm @ np.linalg.matrix_power(turn, k) for k in range(4)])
-    cos, sin = np.cos(t := rng.uniform(-np.pi / 9, np.pi / 9)), np.sin(t)
-    points = points @ np.array([[cos, sin], [-sin, cos]])
     return (points - points.min(axis=0)) / np.ptp(points, axis=0)
 
 
@@ -49,7 +47,7 @@ def texture(width: int, height: int, around: np.ndarray, rng: np.random.Generato
         mask = rng.integers(0, 256, (5, 5), dtype=np.uint8)
     mask = np.uint8(255) * mask if mask.dtype == bool else mask.astype(np.uint8)
     mask = Image.fromarray(mask).resize((width, height), Image.Resampling.BICUBIC)
-    apart = rng.uniform(-30, 30, 3)
+    apart = rng.uniform(-12, 12, 3)
     two = [tuple((around + sign * apart).clip(0, 255).astype(int).tolist()) for sign in (1, -1)]
     return Image.composite(*(Image.new("RGB", (width, height), colour) for colour in two), mask)
 
@@ -62,10 +60,11 @@ def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """
     boxes = np.zeros((0, 4))
     covered = np.zeros(0)  # part of each box that later ones hide, at most
-    for side in sorted(20 * 11 ** rng.random(rng.integers(1, 7)), reverse=True):
+    how_many = rng.integers(1, 7, 2).max()  # many boxes an image: fewer images to learn from
+    for side in sorted(20 * 11 ** rng.random(how_many), reverse=True):
         onto = len(boxes) > 0 and rng.random() < 0.28  # the first of an image lies on none
         for _ in range(20):  # smaller each time, until it finds room
-            aspect = np.exp(rng.uniform(-0.25, 0.25))
+            aspect = np.exp(rng.uniform(-0.15, 0.15))
             w, h = np.round(side * min(1, aspect)), np.round(side * min(1, 1 / aspect))
             corner = np.floor(rng.uniform(2, [width - w - 1, height - h - 1], (80, 2)))
             tries = np.concatenate([corner, corner + (w, h)], axis=1)  # (80, 4)
@@ -99,19 +98,19 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray, np.nd
         w, h, shape = x1 - x0, y1 - y0, SHAPE_CLASSES[label - 1]
         colours = rng.uniform(0, 255, (32, 3))  # the first that stands out from all others
         apart = np.abs(colours[:, None] - np.array(used)).max(axis=2).min(axis=1)  # (32,)
-        used.append(colour := colours[(apart > 80).argmax()])
+        used.append(colour := colours[(apart > 120).argmax()])
         mask = Image.new("L", (w, h))
         pen = ImageDraw.Draw(mask)
-        pen.polygon((outline(shape, rng) * (w - 1, h - 1)).ravel().tolist(), fill=255)
+        pen.polygon((outline(shape) * (w - 1, h - 1)).ravel().tolist(), fill=255)
         if shape == "ring":
             pen.ellipse([0.25 * w, 0.25 * h, 0.75 * w, 0.75 * h], fill=0)
         image.paste(texture(w, h, colour, rng), (x0, y0), mask)
-    grain = Image.fromarray(rng.integers(0, 25, (height, width), dtype=np.uint8))
-    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-12), boxes, labels
+    grain = Image.fromarray(rng.integers(0, 13, (height, width), dtype=np.uint8))
+    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-6), boxes, labels
 
 
 def draw_shapes(
-    folder: str | Path, *, num_train: int = 2000, num_test: int = 400, seed: int = 0
+    folder: str | Path, *, num_train: int = 2000, num_test: int = 300, seed: int = 0
 ) -> Path:
     """Draws the default data set once and returns its root, for `read_voc(root, ["2007:train"])`.
 
@@ -119,7 +118,7 @@ def draw_shapes(
     colour and texture say nothing about the class. Boxes are the whole outline, covered parts
     included, in pixel edges (xmax - xmin is the width).
     """
-    root = Path(folder) / f"shapes-1-{num_train}-{num_test}-{seed}"  # 1: version of the drawing
+    root = Path(folder) / f"shapes-2-{num_train}-{num_test}-{seed}"  # 2: version of the drawing
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
