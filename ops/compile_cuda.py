@@ -65,7 +65,8 @@ def main(arguments):
         for architecture, kernel, registers, shared, spilled in rows or []:
             failed |= spilled > 0
             print(
-                f"{source.name:18} {architecture:3} {kernel:18} {registers:9} {shared:13} {spilled:14}"
+                f"{source.name:18} {architecture:3} {kernel:18} "
+                f"{registers:9} {shared:13} {spilled:14}"
             )
         sys.stdout.flush()
     print("FAILED" if failed else f"{len(sources)} files compiled, no spills")
