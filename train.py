@@ -49,7 +49,8 @@ from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss
 # they add to the norm of the weights, BN divides every later step by.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
-SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3, backbone="root-resnet18")
+SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
+SHORT |= dict(backbone="root-resnet18")
 RECIPES = {
     "voc07": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
     "voc12": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
