@@ -111,7 +111,10 @@ def text(x, y, words, anchor="start", weight="normal"):
 
 def page(width, height, parts):
     """The SVG file, on white: it is read on dark pages, too."""
-    style = "text{font:12px sans-serif;fill:#222}.frame{fill:none;stroke:#888}.grid{stroke:#ddd}"
+    style = (
+        "text{font-size:12px;font-family:sans-serif;fill:#222}"
+        ".frame{fill:none;stroke:#888}.grid{stroke:#ddd}"
+    )
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
     )

@@ -1,0 +1,433 @@
+"""Run folders of train.py -> one HTML page with all that is known; and the course's figures.
+
+    python experiments/report.py RUN [RUN ...] --out report.html       several runs: overlaid
+    python experiments/report.py --figures [RUN ...]                    docs/figures/*.svg
+
+The page is one file without a script: it opens from the disk, offline, for ever. Curves, colours
+for light and dark, and the switches that hide a run are SVG and CSS. train.py calls `write` at its
+end: OUT/report.html.
+
+A run folder holds log.jsonl and run.json and, when it has ended, results.json and detections/.
+"""
+
+import argparse
+import base64
+import io
+import json
+import math
+import sys
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from experiments import figures
+
+ROOT = Path(__file__).parents[1]
+LIGHT = ("#1f5fbf", "#c23b22", "#2e8b57", "#9a6b00", "#7b3fa0", "#555555")
+DARK = ("#7fb0ff", "#ff8f78", "#74d3a0", "#e8b84a", "#cf9df0", "#bbbbbb")
+POINTS = 300  # of a drawn curve
+PICTURE = 1200  # width in pixels that a sheet of detections is shrunk to
+SHOWN = ("backbone", "bn", "width", "lr", "batch_size", "iterations", "recipe", "data", "seed")
+
+
+class Run(NamedTuple):
+    name: str
+    about: dict  # run.json
+    log: list[dict]  # one row a step
+    results: dict | None  # results.json, once the run has ended
+    sheet: Path | None  # the last picture of detections
+
+
+def read_run(folder: str | Path) -> Run:
+    """What is in a run's folder. ValueError where it is none, naming what is missing."""
+    folder = Path(folder)
+    if not (folder / "log.jsonl").is_file() or not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder}: no log.jsonl and run.json there. Expected the folder of a run, such as "
+            "runs/shapes; `python train.py` writes one"
+        )
+    try:
+        about = json.loads((folder / "run.json").read_text())
+        log = figures.read_log(folder)
+        results = folder / "results.json"
+        results = json.loads(results.read_text()) if results.is_file() else None
+    except ValueError as e:
+        raise ValueError(f"{folder}: a file of the run is damaged ({e})") from None
+    if not log:
+        raise ValueError(f"{folder}/log.jsonl: no step yet; wait for the first one")
+    sheets = sorted((folder / "detections").glob("*.png"))
+    name = folder.resolve().name
+    return Run(name, about, log, results, sheets[-1] if sheets else None)
+
+
+# ------------------------------------------------------------------------------ curves
+
+
+def series(run: Run) -> dict[str, list[tuple[float, float]]]:
+    """The curves of one run: {title: [(step, value)]}, smoothed as the page says."""
+    steps, window = [row["step"] + 1 for row in run.log], smoothing(run)
+
+    def column(key):
+        return [row[key] for row in run.log]
+
+    def smooth(values):
+        """The moving average; a value that is not finite is left out, as are those it spoils."""
+        usable = [(s, v) for s, v in zip(steps[-len(values) :], values, strict=True)
+                  if math.isfinite(v)]  # fmt: skip
+        means = figures.moving_average([v for _, v in usable], window)
+        return [(s, m) for (s, _), m in zip(usable, means, strict=True)]
+
+    norms = column("grad_norm")
+    curves = {
+        "training loss": smooth(column("loss")),
+        "of it: offsets": smooth(column("loc")),
+        "of it: classes": smooth(column("conf")),
+        "gradient norm (L2)": smooth(norms),
+        "fluctuation of the gradient norm": smooth(figures.fluctuation(norms)),
+        "learning rate": list(zip(steps, column("lr"), strict=True)),
+        "positive priors an image": smooth(column("positives")),
+        "images/s, since the start": list(zip(steps, column("images_per_s"), strict=True)),
+    }
+    if not any(norms):  # --no-log-gradients
+        curves = {title: points for title, points in curves.items() if "gradient" not in title}
+    return curves
+
+
+def smoothing(run: Run) -> int:
+    return max(1, len(run.log) // 50)
+
+
+def ticks(high: float) -> list[float]:
+    """Round numbers from 0 to at least `high`, three to six of them."""
+    unit = 10.0 ** math.floor(math.log10(high))
+    step = next(s * unit for s in (0.2, 0.25, 0.5, 1.0, 2.0) if high / (s * unit) <= 5)
+    return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def chart(title, lines, *, width=360, height=230, x_max=None, y_max=None, x_name="step") -> str:
+    """One panel: {number of the run: [(x, y)]} -> SVG. Colours come from the page's style."""
+    points = [p for line in lines.values() for p in line]
+    tall = sorted(y for _, y in points) or [1.0]
+    high = y_max or 1.02 * tall[int(0.995 * (len(tall) - 1))]  # single peaks may leave the frame
+    marks = ticks(high if high > 0 else 1.0)
+    x_marks = ticks(x_max or max((x for x, _ in points), default=1.0))
+    left, top, w, h = 48, 12, width - 62, height - 50
+    x_high, high = x_max or max((x for x, _ in points), default=1.0), y_max or marks[-1]
+    key = "".join(c if c.isalnum() else "-" for c in title)
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
+    parts.append(f'<clipPath id="{key}"><rect x="{left}" y="{top}" width="{w}" height="{h}"/>'
+                 "</clipPath>")  # fmt: skip
+    for y in marks:
+        if y <= high * 1.0001:
+            at = top + h - h * y / high
+            parts.append(f'<path class="grid" d="M{left} {at:.1f}h{w}"/>')
+            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    for x in x_marks:
+        if x <= x_high * 1.0001:
+            at = left + w * x / x_high
+            parts.append(
+                f'<text x="{at:.1f}" y="{top + h + 16}" text-anchor="middle">{x:,g}</text>'
+            )
+    parts.append(f'<text x="{left + w / 2}" y="{height - 4}" text-anchor="middle">{x_name}</text>')
+    for number, line in lines.items():
+        some = line[:: max(1, len(line) // POINTS)] + line[-1:]
+        path = " ".join(f"{left + w * x / x_high:.1f},{top + h - h * y / high:.1f}"
+                        for x, y in some)  # fmt: skip
+        parts.append(f'<polyline class="line run{number}" points="{path}" '
+                     f'clip-path="url(#{key})"/>')  # fmt: skip
+    return "".join([*parts, "</svg>"])
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def shown(x, digits=4) -> str:
+    """A cell of a table."""
+    if x is None:
+        return "–"
+    return f"{x:.{digits}f}" if isinstance(x, float) else escape(str(x))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML already; the first of a row is its heading."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    return (f'<div class="wide" tabindex="0"><table><thead><tr>{top}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>")  # fmt: skip
+
+
+def names(runs: list[Run]) -> list[str]:
+    """The runs' names as HTML, each with a square of its colour."""
+    return [f'<i class="key run{i}"></i>{escape(run.name)}' for i, run in enumerate(runs)]
+
+
+def overview(runs: list[Run]) -> str:
+    """One row a run: what it was, what it reached."""
+    rows = []
+    for name, run in zip(names(runs), runs, strict=True):
+        args, result = run.about["args"], run.results or {}
+        ended = "yes" if run.results else f"no, at step {run.log[-1]['step'] + 1}"
+        rows.append([name, shown(result.get("mAP")), shown(result.get("metric")), ended,
+                     shown(run.log[-1]["loss"], 3), *(shown(args.get(k), 3) for k in SHOWN),
+                     shown(run.about.get("commit")), shown(run.about.get("torch")),
+                     shown(run.about.get("machine"))])  # fmt: skip
+    head = ["run", "mAP", "metric", "ended", "last loss", *SHOWN, "commit", "torch", "machine"]
+    return table([h.replace("_", " ") for h in head], rows)
+
+
+def training(runs: list[Run]) -> str:
+    """The curves over the steps, all runs overlaid, and some of their numbers as a table."""
+    curves = [series(run) for run in runs]
+    titles = list(dict.fromkeys(title for some in curves for title in some))
+    parts = ['<div class="panels">']
+    for title in titles:
+        lines = {i: some[title] for i, some in enumerate(curves) if some.get(title)}
+        caption = escape(title)
+        parts.append(f"<figure>{chart(title, lines)}<figcaption>{caption}</figcaption></figure>")
+    parts.append("</div>")
+    windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
+    parts.append(
+        "<p>Fluctuation is our definition, for the paper's Figure 1 (c) gives none: |g<sub>t</sub> "
+        "− g<sub>t−1</sub>|, the difference of two steps' L2 norms of the gradient. Loss, norm, "
+        "fluctuation and positives are moving averages over the last steps, in number: "
+        f"{windows}.</p>"
+    )
+    rows = []
+    for i, run in enumerate(runs):
+        for tenth in range(0, 11, 2):
+            row = run.log[min(len(run.log) - 1, tenth * len(run.log) // 10)]
+            keys = ("loss", "loc", "conf", "grad_norm", "lr", "positives", "images_per_s")
+            rows.append([names(runs)[i], f"{row['step'] + 1:,}", *(f"{row[k]:.4g}" for k in keys)])
+    head = ["run", "step", "loss", "offsets", "classes", "gradient norm", "learning rate",
+            "positives", "images/s"]  # fmt: skip
+    return "".join([*parts, "<details><summary>The numbers, six steps a run</summary>",
+                    table(head, rows), "</details>"])  # fmt: skip
+
+
+def results(runs: list[Run]) -> str:
+    """AP a class as bars, AP by size, precision-recall curves."""
+    done = {i: run.results for i, run in enumerate(runs) if run.results}
+    if not done:
+        return "<p>No results.json: the run has not ended, so nothing has been measured.</p>"
+    first = next(iter(done.values()))
+    key = (
+        "ap_coco" if "coco" in first else "ap_11point" if first["metric"] == "voc07" else "ap_area"
+    )
+    kind = {"ap_coco": "COCO AP", "ap_11point": "11-point AP, VOC2007", "ap_area": "area AP"}[key]
+    classes = list(dict.fromkeys(c for r in done.values() for c in r["per_class"]))
+
+    def bars(values: dict[int, float | None]) -> str:
+        return "".join(
+            f'<div class="bar run{i}"><i style="width:{100 * (v or 0):.1f}%"></i>'
+            f"<span>{shown(v, 3)}</span></div>"
+            for i, v in values.items()
+        )
+
+    rows = [[f"<b>mean, {kind}</b>", bars({i: r["mAP"] for i, r in done.items()})]]
+    for name in classes:
+        values = {i: r["per_class"].get(name, {}).get(key) for i, r in done.items()}
+        rows.append([escape(name), bars(values)])
+    parts = [
+        "<h3>AP of each class</h3>",
+        table(["class", kind], rows).replace("<td>", '<td class="bars">'),
+    ]
+    sizes = [[escape(size), bars({i: r["by_size"][size]["mAP_area"] for i, r in done.items()})]
+             for size in first.get("by_size", {})]  # fmt: skip
+    parts.append("<h3>AP by size of the object</h3>")
+    parts.append(
+        table(["side in the 300x300 image", "mean area AP"], sizes).replace(
+            "<td>", '<td class="bars">'
+        )
+    )
+    panels = []
+    for name in classes:
+        lines = {}
+        for i, r in done.items():
+            recall, precision = r["curves"].get(name, ([], []))
+            if recall:
+                lines[i] = [(0.0, precision[0]), *zip(recall, precision, strict=True)]
+        small = chart(f"curve {name}", lines, width=220, height=190, x_max=1.0, y_max=1.0,
+                      x_name="recall")  # fmt: skip
+        panels.append(f"<figure>{small}<figcaption>{escape(name)}</figcaption></figure>")
+    few = " open" if len(classes) <= 20 else ""
+    parts.append(f'<details{few}><summary>Precision over recall, class by class</summary>'
+                 f'<div class="panels small">{"".join(panels)}</div></details>')  # fmt: skip
+    return "".join(parts)
+
+
+def pictures(runs: list[Run]) -> str:
+    """The last sheet of detections of each run, inside the page."""
+    parts = []
+    for i, run in enumerate(runs):
+        if run.sheet is None:
+            continue
+        words = f"{run.name}, step {int(run.sheet.stem):,}: ground truth green, detections orange"
+        parts.append(f'<figure class="of run{i}"><img alt="{escape(words)}" src="data:image/jpeg;'
+                     f'base64,{base64.b64encode(shrunk(run.sheet)).decode()}">'
+                     f"<figcaption>{escape(words)}</figcaption></figure>")  # fmt: skip
+    return "".join(parts) or "<p>No sheet of detections in the run's folder yet.</p>"
+
+
+def shrunk(path: Path, width: int = PICTURE) -> bytes:
+    """A picture as a JPEG of at most that width."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    image.thumbnail((width, 4 * width))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80, optimize=True)
+    return buffer.getvalue()
+
+
+def arguments(runs: list[Run]) -> str:
+    """All arguments side by side, those that differ first."""
+    everything = [run.about["args"] | {f"config.{k}": v for k, v in run.about["config"].items()}
+                  for run in runs]  # fmt: skip
+    keys = list(dict.fromkeys(k for some in everything for k in some))
+
+    def differs(key):
+        return len({json.dumps(some.get(key)) for some in everything}) > 1
+
+    rows = []
+    for key in sorted(keys, key=lambda k: not differs(k)):  # stable: else in their order
+        cells = [escape(json.dumps(some.get(key))) for some in everything]
+        mark = f"<mark>{escape(key)}</mark>" if differs(key) else escape(key)
+        rows.append([mark, *(f"<code>{cell}</code>" for cell in cells)])
+    return ("<details><summary>All arguments and the network's Config (marked: what differs)"
+            f"</summary>{table(['argument', *names(runs)], rows)}</details>")  # fmt: skip
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1c1c;--soft:#5a5a5a;--paper:#fff;--rule:#d9d9d9;
+--band:#f4f4f4}
+LIGHT
+@media (prefers-color-scheme:dark){
+:root{--ink:#ececec;--soft:#b0b0b0;--paper:#16181b;--rule:#3b3f44;--band:#22262a}
+DARK}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:75rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
+color:var(--ink);background:var(--paper)}
+h1{font-size:1.6rem;margin:.2rem 0}h2{margin:2rem 0 .5rem;border-bottom:1px solid var(--rule)}
+a{color:inherit}nav a{margin-right:1rem}
+:focus-visible{outline:3px solid #f58200;outline-offset:2px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,11rem),1fr))}
+figure{margin:0}figcaption{font-size:.9rem;text-align:center;color:var(--soft)}
+svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--soft)}
+.grid{stroke:var(--rule);fill:none}.line{fill:none;stroke:var(--run);stroke-width:1.6;
+stroke-linejoin:round}
+img{max-width:100%;height:auto;display:block;margin:0 auto}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
+th[scope=row]{font-weight:normal;white-space:nowrap}thead th{background:var(--band)}
+td.bars{width:100%;min-width:12rem}
+.bar{display:flex;align-items:center;height:1.25rem;position:relative;padding-right:3.5rem}
+.bar i{display:block;height:.8rem;background:var(--run);min-width:1px}
+.bar span{padding-left:.4rem;font-variant-numeric:tabular-nums}
+.key{display:inline-block;width:.8em;height:.8em;margin-right:.4em;background:var(--run)}
+.switches{position:sticky;top:0;background:var(--paper);padding:.5rem 0;z-index:1}
+.switches label{margin-right:1.2rem;white-space:nowrap}
+summary{cursor:pointer;padding:.4rem 0}code{font-size:.85rem;overflow-wrap:anywhere}
+p{max-width:45rem}
+@media print{body{max-width:none;padding:0;font-size:11px}.switches,nav{display:none}
+figure,tr{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+"""
+
+
+def page(runs: list[Run]) -> str:
+    """The whole report."""
+    if len(runs) > len(LIGHT):
+        raise ValueError(f"{len(runs)} runs: {len(LIGHT)} at most can be told apart on one page")
+    light, dark = ("".join(f".run{i}{{--run:{c}}}" for i, c in enumerate(colours[: len(runs)]))
+                   for colours in (LIGHT, DARK))  # fmt: skip
+    style = STYLE.replace("LIGHT", light).replace("DARK", dark)
+    switches = ""
+    if len(runs) > 1:
+        for i in range(len(runs)):
+            style += (f"body:has(#show{i}:not(:checked)) :is(.line,.bar,.of).run{i}"
+                      "{display:none}")  # fmt: skip
+        boxes = "".join(
+            f'<label><input type="checkbox" id="show{i}" checked> {name}</label>'
+            for i, name in enumerate(names(runs))
+        )
+        switches = f'<div class="switches" role="group" aria-label="runs shown">{boxes}</div>'
+    title = escape(", ".join(run.name for run in runs))
+    sections = {
+        "Overview": overview(runs),
+        "Training": training(runs),
+        "Results": results(runs),
+        "Detections": pictures(runs),
+        "Arguments": arguments(runs),
+    }
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
+    body = "".join(f'<h2 id="{name.lower()}">{name}</h2>{html}' for name, html in sections.items())
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; img-src data:\">"
+        f'<link rel="icon" href="data:,"><title>ScratchDet: {title}</title>'
+        f"<style>{style}</style></head><body><header><h1>{title}</h1>"
+        f'<nav aria-label="sections">{links}</nav></header>{switches}<main>{body}</main>'
+        "</body></html>\n"
+    )
+
+
+def write(folders: list[str | Path], path: str | Path) -> None:
+    """The report of these run folders as one HTML file."""
+    html = page([read_run(folder) for folder in folders])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(html, encoding="utf-8")
+
+
+def write_figures(folder: Path, runs: list[str]) -> None:
+    """The course's figures; with runs also their gradients, and what the first detects."""
+    from experiments import drawings  # it needs the network, the page does not
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in drawings.FIGURES.items():
+        (folder / f"{name}.svg").write_text(draw(), encoding="utf-8")
+        print(folder / f"{name}.svg")
+    if not runs:
+        print("bn.svg and detections.jpg are made of runs: name their folders to have them, too")
+        return
+    logs, read = {}, [read_run(run) for run in runs]
+    for run in read:
+        args = run.about["args"]
+        logs[f"BN {args['bn']}, learning rate {args['lr']:g} ({run.name})"] = [
+            row for row in run.log if math.isfinite(row["loss"] + row["grad_norm"])
+        ]
+    (folder / "bn.svg").write_text(figures.gradients(logs), encoding="utf-8")
+    print(folder / "bn.svg")
+    if read[0].sheet:
+        (folder / "detections.jpg").write_bytes(shrunk(read[0].sheet, 900))
+        print(folder / "detections.jpg")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
+    parser.add_argument("--out", help="the page; default report.html. With --figures the folder")
+    parser.add_argument("--figures", action="store_true", help="draw docs/figures instead")
+    args = parser.parse_args(argv)
+    if args.figures:
+        return write_figures(Path(args.out or ROOT / "docs" / "figures"), args.runs)
+    if not args.runs:
+        parser.error("no RUN: expected folders that train.py wrote, such as runs/shapes")
+    out = args.out or "report.html"
+    write(args.runs, out)
+    print(f"{out}: {len(args.runs)} run(s), {Path(out).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
