@@ -251,6 +251,12 @@ def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, value - torch.minimum(torch.minimum(r, g), b)
 
 
+@functools.lru_cache(maxsize=8)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1); kept, because copying it to a GPU for each batch would wait for the GPU."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def prepare(batch: "Batch", config) -> Tensor:
     """What the network sees: (N, 3, S, S) float32, channels_last, on the device of the batch.
 
@@ -258,8 +264,8 @@ def prepare(batch: "Batch", config) -> Tensor:
     which is 0 then.
     """
     images = batch.images
-    mean = torch.tensor(config.mean, device=images.device)[:, None, None]  # (3, 1, 1), 0..255
-    std = torch.tensor(config.std, device=images.device)[:, None, None]
+    mean = per_channel(tuple(config.mean), images.device)  # (3, 1, 1), 0..255
+    std = per_channel(tuple(config.std), images.device)
 
     def normalise(pixels: Tensor, colour: Tensor) -> Tensor:  # (n, 3, h, w) uint8 -> float
         x = pixels.to(torch.float32, memory_format=torch.contiguous_format)

@@ -212,7 +212,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         else:
             head.setdefault(tag, text)
     if not stays_inside(head.get("filename", "-")):
-        found.refuse(xml, f"file name {head['filename']!r} leaves its folder")
+        found.refuse(xml, f"file name {head['filename'][:60]!r} leaves its folder")
     width, height = (number(head.get(f"size/{side}", "0")) for side in ("width", "height"))
     if width == height == 0:
         width, height = open_image(image).size
@@ -228,7 +228,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         if name is None:
             found.refuse(where, "an object without a name")
         elif difficult not in ("0", "1"):
-            found.refuse(where, f"{name}: difficult must be 0 or 1; got {difficult!r}")
+            found.refuse(where, f"{name}: difficult must be 0 or 1; got {difficult[:60]!r}")
         elif check_box(box, size, name, where, found):
             rows.append((name, box, difficult == "1", where))
             if min(box[:2]) < 1:
@@ -314,7 +314,7 @@ def read_voc(
             xml = tree / "Annotations" / f"{image_id}.xml"
             try:
                 if not stays_inside(image_id):
-                    raise BadData(where, f"image id {image_id!r} leaves its folder")
+                    raise BadData(where, f"image id {image_id[:60]!r} leaves its folder")
                 if xml in seen:
                     raise BadData(where, f"{image_id} is listed twice, first at {seen[xml]}")
                 seen[xml] = where
@@ -335,7 +335,7 @@ def read_voc(
         for name, _, _, where in rows:
             if name not in classes:
                 found.refuse(
-                    where, f"class {name!r} is none of {', '.join(classes)}; --classes FILE"
+                    where, f"class {name[:60]!r} is none of {', '.join(classes)}; --classes FILE"
                 )
         rows = [row for row in rows if row[0] in classes]
         boxes = np.array([box for _, box, _, _ in rows], np.float64).reshape(-1, 4)
@@ -399,7 +399,7 @@ def read_coco(
     for image_id, file_name, width, height in images:
         where = f"{listing} image {image_id}"
         if not stays_inside(file_name):
-            found.refuse(where, f"file name {file_name!r} leaves its folder")
+            found.refuse(where, f"file name {file_name[:60]!r} leaves its folder")
         elif file_name not in files and not (folder / file_name).is_file():
             found.refuse(where, f"no image {folder / file_name}")
         elif not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):

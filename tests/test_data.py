@@ -450,20 +450,20 @@ def test_the_cache_gives_the_same_pixels_and_is_rebuilt_when_images_change(tmp_p
     rng = np.random.default_rng(1)
     records = []
     for i in range(3):
-        path = tmp_path / f"{i}.png"
+        path = tmp_path / f"{i}.bmp"
         noise = rng.integers(0, 256, (90 + i, 120, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
         records.append(record_of(path, [[10, 10, 60, 60]]))
     settings = {"batch_size": 30, "seed": 0, "num_steps": 1}
     plain = next(batches(records, 48, **settings))
     cached = next(batches(records, 48, **settings, cache=tmp_path / "cache"))
-    assert same(plain, cached)  # these are PNG; a JPEG may be decoded at a fraction without it
+    assert same(plain, cached)  # these are BMP; a JPEG may be decoded at a fraction without it
     assert "decoding 3 images" in capsys.readouterr().err
     two = next(batches(records, 48, **settings, cache=tmp_path / "cache", workers=1))
     assert same(plain, two)
     assert "decoding" not in capsys.readouterr().err  # found, not built again
 
-    Image.new("RGB", (120, 90), (255, 0, 0)).save(tmp_path / "0.png")  # another, of the same size
+    Image.new("RGB", (120, 90), (255, 0, 0)).save(tmp_path / "0.bmp")  # as many bytes
     changed = next(batches(records, 48, **settings, cache=tmp_path / "cache"))
     assert "decoding" in capsys.readouterr().err
     assert same(changed, next(batches(records, 48, **settings)))
