@@ -88,7 +88,7 @@ def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
 
 def draw_image(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """One picture of shapes: image, boxes (G, 4) xyxy in whole pixels, labels (G,)."""
-    width, height = ((300, 300), (400, 300), (300, 400), (360, 270), (270, 360))[rng.integers(5)]
+    width, height = ((300, 300), (320, 280), (280, 320), (340, 265), (265, 340))[rng.integers(5)]
     boxes = place(width, height, rng)
     labels = rng.integers(1, len(SHAPE_CLASSES) + 1, len(boxes))
     ground = rng.uniform(40, 216, 3)
@@ -118,7 +118,7 @@ def draw_shapes(
     colour and texture say nothing about the class. Boxes are the whole outline, covered parts
     included, in pixel edges (xmax - xmin is the width).
     """
-    root = Path(folder) / f"shapes-2-{num_train}-{num_test}-{seed}"  # 2: version of the drawing
+    root = Path(folder) / f"shapes-3-{num_train}-{num_test}-{seed}"  # 3: version of the drawing
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
