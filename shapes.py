@@ -4,6 +4,7 @@ Six classes whose colour and texture say nothing about the class, on textured gr
 objects an image, the longer side log-uniform from 20 to 220 px, about every fifth on another.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -58,31 +59,38 @@ def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     The longer side is log-uniform from 20 to 220 px. Boxes are 3 px apart, except that about every
     fifth lies partly on an earlier one, of which half at least stays uncovered.
     """
-    boxes = np.zeros((0, 4))
-    covered = np.zeros(0)  # part of each box that later ones hide, at most
     how_many = rng.integers(1, 7, 2).max()  # many boxes an image: fewer images to learn from
-    for side in sorted(20 * 11 ** rng.random(how_many), reverse=True):
-        onto = len(boxes) > 0 and rng.random() < 0.28  # the first of an image lies on none
-        for _ in range(20):  # smaller each time, until it finds room
-            aspect = np.exp(rng.uniform(-0.15, 0.15))
-            w, h = np.round(side * min(1, aspect)), np.round(side * min(1, 1 / aspect))
-            corner = np.floor(rng.uniform(2, [width - w - 1, height - h - 1], (80, 2)))
-            tries = np.concatenate([corner, corner + (w, h)], axis=1)  # (80, 4)
-            gap = 0 if onto else 3
-            inter = np.minimum(tries[:, None, 2:], boxes[:, 2:] + gap)
-            inter = (inter - np.maximum(tries[:, None, :2], boxes[:, :2] - gap)).clip(0).prod(2)
+    sides = np.sort(20 * 11 ** rng.random(how_many))[::-1]  # (G,)
+    for attempt in itertools.count(1):
+        boxes = lay_out(sides, width, height, rng)
+        if boxes is not None:
+            return boxes
+        if attempt % 20 == 0:  # there is hardly room: the largest gives way
+            sides[0] = max(20.0, sides[0] * 0.9)
+
+
+def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator):
+    """Boxes of these longer sides, one after another; None where one finds no room."""
+    boxes, covered = np.zeros((0, 4)), np.zeros(0)  # covered: part of a box that later ones hide
+    for side in sides:
+        onto = len(boxes) > 0 and rng.random() < 0.26  # the first of an image lies on none
+        aspect = np.exp(rng.uniform(-0.15, 0.15))
+        w, h = np.round(side * min(1, aspect)), np.round(side * min(1, 1 / aspect))
+        corner = np.floor(rng.uniform(2, [width - w - 1, height - h - 1], (80, 2)))
+        tries = np.concatenate([corner, corner + (w, h)], axis=1)  # (80, 4)
+        gap = 0 if onto else 3
+        inter = np.minimum(tries[:, None, 2:], boxes[:, 2:] + gap)
+        inter = (inter - np.maximum(tries[:, None, :2], boxes[:, :2] - gap)).clip(0).prod(2)
+        if onto:
             hides = inter / (boxes[:, 2:] - boxes[:, :2]).prod(1)  # (80, G)
-            good = (
-                (covered + hides <= 0.5).all(1) & (inter.max(1) >= 0.15 * w * h)
-                if onto
-                else ~inter.any(1)
-            )
-            if good.any():
-                best = good.argmax()
-                boxes = np.concatenate([boxes, tries[best : best + 1]])
-                covered = np.append(covered + hides[best] * onto, 0.0)
-                break
-            side = max(20.0, side * 0.85)
+            good = (covered + hides <= 0.5).all(1) & (inter.max(1) >= 0.15 * w * h)
+        else:
+            good = ~inter.any(1)
+        if not good.any():
+            return None
+        best = good.argmax()
+        covered = np.append(covered + hides[best] if onto else covered, 0.0)
+        boxes = np.concatenate([boxes, tries[best : best + 1]])
     return boxes
 
 
@@ -118,7 +126,7 @@ def draw_shapes(
     colour and texture say nothing about the class. Boxes are the whole outline, covered parts
     included, in pixel edges (xmax - xmin is the width).
     """
-    root = Path(folder) / f"shapes-3-{num_train}-{num_test}-{seed}"  # 3: version of the drawing
+    root = Path(folder) / f"shapes-4-{num_train}-{num_test}-{seed}"  # 4: version of the drawing
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
