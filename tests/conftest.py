@@ -8,6 +8,7 @@ SCRATCHDET_DATA names a folder with VOCdevkit/ and coco/; without it the tests o
 """
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def voc_root(data_root) -> Path:
 def rng() -> torch.Generator:
     """Of this test alone: tests give the same in any order."""
     return torch.Generator().manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The tiers are budgets of CPU time: say what this run took."""
+    own, children = (
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    terminalreporter.write_line(f"CPU time: {own:.0f} s, and {children:.0f} s of its children")
