@@ -399,16 +399,31 @@ def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """(..., 4) -> (..., 4)."""
+    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
+    return torch.cat([boxes_xyxy[..., :2] + size / 2, size], dim=-1)
+
+
+def log_size(boxes_cxcywh: Tensor) -> Tensor:
+    """(cx, cy, w, h) -> (cx, cy, ln w, ln h), in which the coding is linear. (..., 4) -> same."""
+    return torch.cat([boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:].log()], dim=-1)
+
+
+def encode_log_size(boxes: Tensor, priors_cxcywh: Tensor) -> Tensor:
+    """`encode` of boxes that went through `log_size`."""
+    size = priors_cxcywh[..., 2:]
+    unit = torch.cat([size * VARIANCES[0], torch.full_like(size, VARIANCES[1])], dim=-1)
+    return (boxes - log_size(priors_cxcywh)).div_(unit)  # in place: a quarter of the time
+
+
 def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
     """What the network has to say for these boxes: (..., P, 4) on priors (P, 4) -> (..., P, 4).
 
     Inverse of `decode`. [(gx - px) / pw / .1, ..., ln(gw / pw) / .2, ...] (SSD eq. 2 with Caffe's
     variances).
     """
-    size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
-    centre = boxes_xyxy[..., :2] + size / 2
-    offset = (centre - priors_cxcywh[..., :2]) / priors_cxcywh[..., 2:] / VARIANCES[0]
-    return torch.cat([offset, torch.log(size / priors_cxcywh[..., 2:]) / VARIANCES[1]], dim=-1)
+    return encode_log_size(log_size(xyxy_to_cxcywh(boxes_xyxy)), priors_cxcywh)
 
 
 # ------------------------------------------------------------------------------- the loss
@@ -423,12 +438,13 @@ def assign_targets(
     offsets[n]:offsets[n+1]. Offsets of background priors are 0 (the loss leaves them out).
     """
     matched = ops.match(cxcywh_to_xyxy(priors_cxcywh), boxes_xyxy, offsets)  # (N, P)
-    positive = matched >= 0
-    # One more row, background, so that a batch without boxes can be indexed, too.
-    boxes = torch.cat([boxes_xyxy, boxes_xyxy.new_tensor([[0.0, 0.0, 1.0, 1.0]])])  # (T + 1, 4)
-    rows = torch.where(positive, matched, len(boxes_xyxy))
-    targets = encode(boxes[rows], priors_cxcywh)  # (N, P, 4)
-    return F.pad(labels, (0, 1))[rows], torch.where(positive[..., None], targets, 0.0)
+    # A background prior stands for itself, so that its offsets are 0 without another pass.
+    t, p = len(boxes_xyxy), len(priors_cxcywh)
+    table = torch.cat([log_size(xyxy_to_cxcywh(boxes_xyxy)), log_size(priors_cxcywh)])  # (T + P, 4)
+    itself = torch.arange(t, t + p, device=matched.device)
+    rows = torch.where(matched >= 0, matched, itself)  # (N, P)
+    targets = encode_log_size(F.embedding(rows, table), priors_cxcywh)  # (N, P, 4)
+    return F.pad(labels, (0, p)).index_select(0, rows.flatten()).view_as(rows), targets
 
 
 def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
@@ -437,12 +453,14 @@ def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
     score (N,P) >= 0. Ties at the border go to the lowest prior. No sort: the order of positive
     floats is that of their bits, so the k-th largest is found by setting one bit after another.
     """
-    bits = torch.where(eligible, score, -1.0).contiguous().view(torch.int32)  # (N, P); others < 0
-    how_many = torch.minimum(how_many, eligible.sum(dim=1))[:, None]  # (N, 1)
-    border = torch.zeros_like(how_many, dtype=torch.int32)
+    bits = torch.where(eligible, score.contiguous().view(torch.int32), -1)  # (N, P)
+    how_many = torch.minimum(how_many, eligible.sum(dim=1))[:, None].int()  # (N, 1)
+    border = torch.zeros_like(how_many)
     for bit in reversed(range(31)):
         higher = border | (1 << bit)
-        border = torch.where((bits >= higher).sum(1, keepdim=True) >= how_many, higher, border)
+        # counts bits >= higher; in integers, for a comparison and its sum take twice as long
+        count = (bits - (higher - 1)).clamp_(0, 1).sum(1, keepdim=True, dtype=torch.int32)
+        border = torch.where(count >= how_many, higher, border)
     above = bits > border
     at = bits == border
     return above | (at & (at.cumsum(dim=1) <= how_many - above.sum(1, keepdim=True)))
@@ -470,16 +488,14 @@ def multibox_loss(
     target_labels, target_loc = assign_targets(priors_cxcywh, boxes_xyxy, labels, offsets)
     positive = target_labels > 0  # (N, P)
     total = positive.sum()
-    smooth_l1 = F.smooth_l1_loss(loc, target_loc, reduction="none").sum(dim=2)  # (N, P)
-
-    log_sum = logits.logsumexp(dim=2)  # (N, P)
-    cross_entropy = log_sum - logits.gather(2, target_labels[..., None])[..., 0]
-    with torch.no_grad():  # the score of a negative: -log p(background)
-        score = (log_sum - logits[..., 0]).clamp(min=0.0)
-        wanted = negatives_per_positive * positive.sum(dim=1)
-        mined = hard_negatives(score, ~positive, wanted)
     norm = total.clamp(min=1)
-    loss_loc = torch.where(positive, smooth_l1, 0.0).sum() / norm
+    loss_loc = F.smooth_l1_loss(loc * positive[..., None], target_loc, reduction="sum") / norm
+
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), target_labels.flatten(), reduction="none")
+    cross_entropy = cross_entropy.view_as(positive)  # (N, P); of a negative: -log p(background)
+    with torch.no_grad():
+        wanted = negatives_per_positive * positive.sum(dim=1)
+        mined = hard_negatives(cross_entropy.abs(), ~positive, wanted)  # abs: of -0., too
     loss_conf = torch.where(positive | mined, cross_entropy, 0.0).sum() / norm
     return loss_loc, loss_conf, total
 
