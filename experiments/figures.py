@@ -10,8 +10,11 @@ POINTS = 240  # of a drawn curve
 def read_log(folder):
     """The rows of log.jsonl that are training steps; [] where there is no log."""
     path = folder / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if "loss" in line]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = (
+        json.loads(line) for line in lines if line.endswith("\n")
+    )  # the last may be half written
+    return [row for row in rows if "loss" in row]
 
 
 def fluctuation(norms):

@@ -257,10 +257,7 @@ TABLES = {
 
 def outcome(folder):
     """One run, from its folder: a dict with "state" done | diverged | stopped, or None."""
-    log, found = [], {}
-    if (folder / "log.jsonl").exists():
-        lines = (json.loads(s) for s in (folder / "log.jsonl").read_text().splitlines())
-        log = [line for line in lines if "loss" in line]
+    log = figures.read_log(folder)
     if (folder / "results.json").exists():
         found = {"state": "done"} | json.loads((folder / "results.json").read_text())
     elif (folder / "nonfinite.json").exists():
@@ -585,9 +582,12 @@ def markdown(name, scale, args):
 
 
 def shown(words, args):
-    """A command as it may be published: where the data lies is this machine's affair."""
-    places = {args.voc_root: "DIR", args.coco_root: "COCO_DIR", args.weights: "WEIGHTS"}
-    return shlex.join([places.get(word, word) for word in words])
+    """A command as it may be published: where things lie on this machine is nobody's affair."""
+    text, places = shlex.join(words), {args.runs: "RUNS", args.out: "OUT", args.weights: "WEIGHTS"}
+    for path, name in (places | {args.voc_root: "DIR", args.coco_root: "COCO_DIR"}).items():
+        if path and Path(path).is_absolute():
+            text = text.replace(str(path), name)
+    return text
 
 
 def describe(found):

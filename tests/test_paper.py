@@ -209,6 +209,8 @@ def test_the_page_has_the_papers_numbers_ours_and_the_commands(args, tmp_path):
     assert "measured on 2007:val" in text
     assert "--voc-root DIR" in text
     assert "/private" not in text
+    assert "--out RUNS/laptop/bn-all-0.05/seed0" in text
+    assert str(tmp_path) not in text
     paper.write("table1", "laptop", args)
     assert (args.out / "table1-laptop.md").read_text().endswith(".svg)\n")
     ET.parse(args.out / "figures" / "table1-laptop.svg")
@@ -359,9 +361,12 @@ def test_dots_lie_at_their_numbers():
     assert "no result" in [t.text for t in root.findall("{*}text")]
 
 
-def test_the_svg_is_plain_enough_to_be_read(tmp_path):
+def test_logs_and_figures_of_little_or_nothing(tmp_path):
     finish(tmp_path / "run", 0.1)
     assert [row["step"] for row in figures.read_log(tmp_path / "run")] == [0, 1]
     assert figures.read_log(tmp_path / "nothing") == []
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # killed while it wrote
+    assert len(figures.read_log(tmp_path / "run")) == 2
     for svg in (figures.gradients({}), figures.dots([], "nothing")):
         ET.fromstring(svg)
