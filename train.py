@@ -9,7 +9,7 @@
 
 One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. Everything of the run is in
 its folder (--out): last.pt (checkpoint), log.jsonl (a line a step), run.json (arguments, commit,
-machine), and detections drawn beside the ground truth.
+machine), detections drawn beside the ground truth, and at the end report.html, which shows it all.
 
 `--resume` goes on from OUT/last.pt, bit for bit on a CPU: the samples of step s depend on (seed, s)
 alone, and the checkpoint holds the rest.
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import transfer
+from experiments import report, transfer
 from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
 
 # The recipes. `drops`: where the learning rate falls to a tenth, as a fraction of the iterations
@@ -632,7 +632,9 @@ def main(argv: list[str] | None = None) -> dict:
     if lead:
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(evaluation.report(results))
+        report.write([out], out / "report.html")
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
+        print(f"all of it as one page: {out}/report.html")
     return results
 
 

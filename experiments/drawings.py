@@ -7,8 +7,6 @@ priors grey, positives and detections orange, negatives blue. Boxes are `_xyxy`,
 300x300 image unless a name says otherwise.
 """
 
-import copy
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -265,7 +263,8 @@ def negatives() -> str:
 
 def map_sizes(backbone: str) -> dict[str, tuple[int, int]]:
     """{"stem": (channels, side), ...} of every part of a network of the ResNet family."""
-    model, seen = copy.deepcopy(ScratchDet(Config(backbone=backbone))).to("meta").eval(), {}
+    with torch.device("meta"):  # shapes alone
+        model, seen = ScratchDet(Config(backbone=backbone)).eval(), {}
 
     def remember(name):
         return lambda _, __, out: seen.update({name: (out.shape[1], out.shape[2])})

@@ -15,6 +15,7 @@ import base64
 import io
 import json
 import math
+import statistics
 import sys
 from html import escape
 from pathlib import Path
@@ -108,25 +109,31 @@ def ticks(high: float) -> list[float]:
     return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
 
 
+def top_of(lines) -> float:
+    """How high an axis must reach: to all but single peaks, and not to a run that diverges, which
+    may leave the frame at twice the lower half of the runs."""
+    tops = []
+    for line in lines:
+        values = sorted(y for _, y in line)
+        tops.append(values[int(0.995 * (len(values) - 1))])
+    return min(max(tops), 2 * statistics.median_low(tops)) or 1.0 if tops else 1.0
+
+
 def chart(title, lines, *, width=360, height=230, x_max=None, y_max=None, x_name="step") -> str:
     """One panel: {number of the run: [(x, y)]} -> SVG. Colours come from the page's style."""
-    points = [p for line in lines.values() for p in line]
-    tall = sorted(y for _, y in points) or [1.0]
-    high = y_max or 1.02 * tall[int(0.995 * (len(tall) - 1))]  # single peaks may leave the frame
-    marks = ticks(high if high > 0 else 1.0)
-    x_marks = ticks(x_max or max((x for x, _ in points), default=1.0))
-    left, top, w, h = 48, 12, width - 62, height - 50
-    x_high, high = x_max or max((x for x, _ in points), default=1.0), y_max or marks[-1]
+    left, top, w, h = 52, 12, width - 66, height - 50
+    x_high = x_max or max((x for line in lines.values() for x, _ in line), default=1.0)
+    y_high = y_max or ticks(top_of(lines.values()))[-1]
     key = "".join(c if c.isalnum() else "-" for c in title)
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     parts.append(f'<clipPath id="{key}"><rect x="{left}" y="{top}" width="{w}" height="{h}"/>'
                  "</clipPath>")  # fmt: skip
-    for y in marks:
-        if y <= high * 1.0001:
-            at = top + h - h * y / high
+    for y in ticks(y_high):
+        if y <= y_high * 1.0001:
+            at = top + h - h * y / y_high
             parts.append(f'<path class="grid" d="M{left} {at:.1f}h{w}"/>')
-            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-    for x in x_marks:
+            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:,g}</text>')
+    for x in ticks(x_high):
         if x <= x_high * 1.0001:
             at = left + w * x / x_high
             parts.append(
@@ -135,7 +142,7 @@ def chart(title, lines, *, width=360, height=230, x_max=None, y_max=None, x_name
     parts.append(f'<text x="{left + w / 2}" y="{height - 4}" text-anchor="middle">{x_name}</text>')
     for number, line in lines.items():
         some = line[:: max(1, len(line) // POINTS)] + line[-1:]
-        path = " ".join(f"{left + w * x / x_high:.1f},{top + h - h * y / high:.1f}"
+        path = " ".join(f"{left + w * x / x_high:.1f},{top + h - h * y / y_high:.1f}"
                         for x, y in some)  # fmt: skip
         parts.append(f'<polyline class="line run{number}" points="{path}" '
                      f'clip-path="url(#{key})"/>')  # fmt: skip
@@ -149,7 +156,16 @@ def shown(x, digits=4) -> str:
     """A cell of a table."""
     if x is None:
         return "–"
-    return f"{x:.{digits}f}" if isinstance(x, float) else escape(str(x))
+    if not isinstance(x, float):
+        return escape(str(x))
+    return f"{x:.{digits}f}" if math.isfinite(x) else "not finite"
+
+
+def plain(x) -> str:
+    """An argument or a number of the log: 0.05, not 0.0500."""
+    if isinstance(x, float):
+        return f"{x:.4g}" if math.isfinite(x) else "not finite"
+    return escape(str(x))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -175,7 +191,7 @@ def overview(runs: list[Run]) -> str:
         args, result = run.about["args"], run.results or {}
         ended = "yes" if run.results else f"no, at step {run.log[-1]['step'] + 1}"
         rows.append([name, shown(result.get("mAP")), shown(result.get("metric")), ended,
-                     shown(run.log[-1]["loss"], 3), *(shown(args.get(k), 3) for k in SHOWN),
+                     shown(run.log[-1]["loss"], 3), *(plain(args.get(key)) for key in SHOWN),
                      shown(run.about.get("commit")), shown(run.about.get("torch")),
                      shown(run.about.get("machine"))])  # fmt: skip
     head = ["run", "mAP", "metric", "ended", "last loss", *SHOWN, "commit", "torch", "machine"]
@@ -197,14 +213,14 @@ def training(runs: list[Run]) -> str:
         "<p>Fluctuation is our definition, for the paper's Figure 1 (c) gives none: |g<sub>t</sub> "
         "− g<sub>t−1</sub>|, the difference of two steps' L2 norms of the gradient. Loss, norm, "
         "fluctuation and positives are moving averages over the last steps, in number: "
-        f"{windows}.</p>"
+        f"{windows}. A curve that diverges leaves its frame.</p>"
     )
     rows = []
     for i, run in enumerate(runs):
         for tenth in range(0, 11, 2):
             row = run.log[min(len(run.log) - 1, tenth * len(run.log) // 10)]
             keys = ("loss", "loc", "conf", "grad_norm", "lr", "positives", "images_per_s")
-            rows.append([names(runs)[i], f"{row['step'] + 1:,}", *(f"{row[k]:.4g}" for k in keys)])
+            rows.append([names(runs)[i], f"{row['step'] + 1:,}", *(plain(row[k]) for k in keys)])
     head = ["run", "step", "loss", "offsets", "classes", "gradient norm", "learning rate",
             "positives", "images/s"]  # fmt: skip
     return "".join([*parts, "<details><summary>The numbers, six steps a run</summary>",
@@ -230,7 +246,7 @@ def results(runs: list[Run]) -> str:
             for i, v in values.items()
         )
 
-    rows = [[f"<b>mean, {kind}</b>", bars({i: r["mAP"] for i, r in done.items()})]]
+    rows = [["<b>mean</b>", bars({i: r["mAP"] for i, r in done.items()})]]
     for name in classes:
         values = {i: r["per_class"].get(name, {}).get(key) for i, r in done.items()}
         rows.append([escape(name), bars(values)])
@@ -242,9 +258,7 @@ def results(runs: list[Run]) -> str:
              for size in first.get("by_size", {})]  # fmt: skip
     parts.append("<h3>AP by size of the object</h3>")
     parts.append(
-        table(["side in the 300x300 image", "mean area AP"], sizes).replace(
-            "<td>", '<td class="bars">'
-        )
+        table(["size", "area AP, mean of the classes"], sizes).replace("<td>", '<td class="bars">')
     )
     panels = []
     for name in classes:
@@ -313,11 +327,12 @@ DARK}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:75rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
 color:var(--ink);background:var(--paper)}
-h1{font-size:1.6rem;margin:.2rem 0}h2{margin:2rem 0 .5rem;border-bottom:1px solid var(--rule)}
-a{color:inherit}nav a{margin-right:1rem}
+h1{font-size:1.6rem;margin:.2rem 0}h2{margin:2rem 0 .5rem;scroll-margin-top:3rem;
+border-bottom:1px solid var(--rule)}
+a{color:inherit}nav{display:flex;flex-wrap:wrap;gap:0 1rem}
 :focus-visible{outline:3px solid #f58200;outline-offset:2px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,11rem),1fr))}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,9rem),1fr))}
 figure{margin:0}figcaption{font-size:.9rem;text-align:center;color:var(--soft)}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--soft)}
 .grid{stroke:var(--rule);fill:none}.line{fill:none;stroke:var(--run);stroke-width:1.6;
@@ -326,7 +341,7 @@ img{max-width:100%;height:auto;display:block;margin:0 auto}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 th[scope=row]{font-weight:normal;white-space:nowrap}thead th{background:var(--band)}
-td.bars{width:100%;min-width:12rem}
+td{white-space:nowrap}td:has(code){white-space:normal}td.bars{width:100%;min-width:12rem}
 .bar{display:flex;align-items:center;height:1.25rem;position:relative;padding-right:3.5rem}
 .bar i{display:block;height:.8rem;background:var(--run);min-width:1px}
 .bar span{padding-left:.4rem;font-variant-numeric:tabular-nums}

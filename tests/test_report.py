@@ -1,0 +1,209 @@
+"""The report page and the course's figures: complete, self-contained, drawn by the real code."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments import drawings, figures, report
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+CLASSES = ("circle", "<b>cross</b>")
+
+
+def make_run(folder: Path, *, steps=60, loss=lambda i: 10 / (i + 1), ended=True, **args) -> Path:
+    """A run's folder as train.py leaves it."""
+    (folder / "detections").mkdir(parents=True)
+    Image.new("RGB", (64, 36)).save(folder / "detections" / "0000030.png")
+    Image.new("RGB", (1600, 900)).save(folder / "detections" / "0000060.png")
+    rows = [
+        {"step": i, "loss": loss(i), "loc": 1.0, "conf": 2.0, "positives": 20.0,
+         "grad_norm": float(i % 7), "lr": 0.05, "images_per_s": 8.0}
+        for i in range(steps)
+    ]  # fmt: skip
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = {"args": {"lr": 0.05, "bn": "all", "backbone": "root-resnet18"} | args, "config": {},
+             "commit": "abc1234", "machine": "a <machine>", "torch": "2.13.0"}  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(about))
+    if ended:
+        result = {"mAP": 0.4321, "metric": "voc07", "mAP_area": 0.41, "mAP_11point": 0.4321}
+        result["per_class"] = {
+            name: {"ap_11point": ap, "ap_area": ap}
+            for name, ap in zip(CLASSES, (0.625, None), strict=True)
+        }
+        result["by_size"] = {"small": {"mAP_11point": 0.1, "mAP_area": 0.125}}
+        result["curves"] = {CLASSES[0]: [[0.1, 0.7], [1.0, 0.5]], CLASSES[1]: [[], []]}
+        (folder / "results.json").write_text(json.dumps(result))
+    return folder
+
+
+class Reader(HTMLParser):
+    """Every tag and attribute; fails where tags do not close in order."""
+
+    VOID = ("meta", "link", "img", "input", "rect", "path", "polyline", "br")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.words = [], [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data + "\n"
+
+
+@pytest.fixture
+def html(tmp_path) -> str:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", bn="none", ended=False)]
+    report.write(runs, tmp_path / "deep" / "report.html")
+    return (tmp_path / "deep" / "report.html").read_text()
+
+
+def test_page_holds_everything_and_needs_nothing(html):
+    page = Reader(html)
+    links = [value for name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not {"script", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
+    assert "default-src 'none'" in html  # and the browser is told so
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(set(ids)) == len(ids)
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert page.tags.count("polyline") == 2 * 8 + 1  # both runs' curves, one class with a curve
+    assert sum(value.startswith("data:image/jpeg") for value in links) == 2
+    for words in ("one", "two", "0.4321", "0.625", "0.125", "abc1234", "no, at step 60"):
+        assert words in page.words, words
+    assert html.count("prefers-color-scheme:dark") == html.count("@media print") == 1
+
+
+def test_names_from_files_stay_text(html):
+    assert "&lt;b&gt;cross&lt;/b&gt;" in html
+    assert "<b>cross" not in html
+    assert "a <machine>" not in html
+
+
+def test_what_differs_is_marked(html):
+    assert "<mark>bn</mark>" in html
+    assert "<mark>lr</mark>" not in html
+
+
+def test_diverged_run_is_drawn_and_leaves_the_scale_to_the_other(tmp_path):
+    good = make_run(tmp_path / "good", loss=lambda i: 4.0)
+    bad = make_run(tmp_path / "bad", loss=lambda i: 1e9 if i < 30 else float("nan"))
+    page = report.page([report.read_run(good), report.read_run(bad)])
+    assert not re.search(r"\b(nan|inf)\b", Reader(page).words)
+    assert "not finite" in page
+    curves = [report.series(report.read_run(run))["training loss"] for run in (good, bad)]
+    assert [len(curve) for curve in curves] == [60, 30]
+    assert report.top_of(curves) == 8.0
+
+
+def test_fluctuation_is_the_change_of_the_norm(tmp_path):
+    """Norms 0 .. 6, 0 .. 6: five of six changes are 1, the drop is 6."""
+    run = report.read_run(make_run(tmp_path / "run"))
+    steps, values = zip(*report.series(run)["fluctuation of the gradient norm"], strict=True)
+    assert steps == tuple(range(2, 61))
+    assert values[:7] == (1, 1, 1, 1, 1, 1, 6)
+
+
+def test_axis_marks_are_round():
+    assert report.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert report.ticks(23) == [0, 5, 10, 15, 20, 25]
+    for high in (0.05, 0.7, 3, 9.99, 10, 101, 12345):
+        marks = report.ticks(high)
+        assert marks[-2] < high <= marks[-1] * (1 + 1e-9)
+        assert 3 <= len(marks) <= 6
+
+
+def test_pictures_are_shrunk(tmp_path):
+    run = make_run(tmp_path / "run")
+    jpeg = report.shrunk(run / "detections" / "0000060.png")
+    (tmp_path / "small.jpg").write_bytes(jpeg)
+    with Image.open(tmp_path / "small.jpg") as picture:
+        assert picture.size == (1200, 675)
+
+
+def test_folder_that_is_no_run_is_one_clear_error(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no log.jsonl and run.json there. Expected the folder"):
+        report.read_run(tmp_path)
+    run = make_run(tmp_path / "run")
+    (run / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        report.read_run(run)
+    (run / "log.jsonl").write_text("")
+    (run / "results.json").unlink()
+    with pytest.raises(ValueError, match="no step yet"):
+        report.read_run(run)
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert "no RUN" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_chromium_opens_it_without_a_console_message(html, tmp_path):
+    (tmp_path / "report.html").write_text(html)
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --v=0 --dump-dom"
+    ).split()
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/report.html"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "</main>" in done.stdout
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+
+
+def test_figures_are_small_svg_without_links(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    report.main(["--figures", str(run), "--out", str(tmp_path / "figures")])
+    drawn = sorted(p.name for p in (tmp_path / "figures").iterdir())
+    assert drawn == sorted([*(f"{n}.svg" for n in drawings.FIGURES), "bn.svg", "detections.jpg"])
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn)
+    for path in (tmp_path / "figures").iterdir():
+        assert path.stat().st_size < 150_000
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+            assert not re.search("href|script|<image", path.read_text())
+    kept = Path(__file__).parents[1] / "docs" / "figures"
+    for name in drawings.FIGURES:
+        assert (kept / f"{name}.svg").is_file(), "python experiments/report.py --figures"
+
+
+def test_figures_show_what_the_functions_say(monkeypatch):
+    assert "8,732 priors in all" in drawings.priors()
+    assert "ring 17, star 0, bar 0" in drawings.matching()
+    assert "ring 17, star 1, bar 1" in drawings.matching()
+    monkeypatch.setattr(drawings.ops, "match", lambda p, *_: torch.full((1, len(p)), -1))
+    assert "ring 0, star 0, bar 0" in drawings.matching()
+    monkeypatch.setattr(drawings.ops, "nms", lambda boxes, *_: torch.ones(len(boxes)) > 0)
+    assert "after: 24 kept" in drawings.suppression()
+
+
+def test_gradients_figure_names_its_runs(tmp_path):
+    run = report.read_run(make_run(tmp_path / "run"))
+    svg = figures.gradients({"BN <all>": run.log})
+    assert "BN &lt;all&gt;" in svg
