@@ -66,7 +66,7 @@ def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
         if boxes is not None:
             return boxes
         if attempt % 20 == 0:  # there is hardly room: the largest gives way
-            sides[0] = max(20.0, sides[0] * 0.9)
+            sides = np.sort(np.append(sides[1:], max(20.0, sides[0] * 0.9)))[::-1]
 
 
 def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator):
