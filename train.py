@@ -139,6 +139,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
         "priors": "coco" if known.data == "coco" else "voc",
     }
     base |= {"difficult": known.data != "coco", "out": f"runs/{recipe}"}
+    if known.init_from:
+        defaults = transfer.network_flags(known.init_from) | defaults
     parser.set_defaults(**(base | RECIPES[recipe] | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)
     scale = args.batch_size / RECIPES[recipe]["batch_size"]  # the linear rule: same epochs

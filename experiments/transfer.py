@@ -30,6 +30,18 @@ COCO_NAMES = {  # VOC's name: COCO's, where they differ (coco_voc_map.txt of Caf
 }
 
 
+NETWORK = ("backbone", "bn", "width", "stem", "extras", "size")  # what --init-from brings along
+
+
+def network_flags(init_from: str | Path) -> dict:
+    """Defaults of train.py's flags: the checkpoint's network. {} if it is gone, as a run that was
+    started from it and is resumed may find it."""
+    if not Path(init_from).exists():
+        return {}
+    config = load(init_from)[0].config
+    return {field: getattr(config, field) for field in NETWORK}
+
+
 def start(
     config: Config, pretrained: str | Path | None = None, init_from: str | Path | None = None
 ) -> ScratchDet:
@@ -140,12 +152,13 @@ def from_detector(config: Config, path: str | Path) -> ScratchDet:
     included. Priors and input stay those of the checkpoint, for which it was trained.
     """
     source, _ = load(path)
-    for field in ("backbone", "bn", "width", "stem", "extras", "size"):
+    for field in NETWORK:
         ours, theirs = getattr(config, field), getattr(source.config, field)
         if ours != theirs:
             words = " ".join(map(str, theirs)) if isinstance(theirs, tuple) else theirs
             raise ValueError(
-                f"--init-from {path} has {field} {theirs}, this run {ours}. Give --{field} {words}"
+                f"--init-from {path} has {field} {theirs}, this run {ours}. Leave --{field} out, "
+                f"or give {words}"
                 if theirs is not None
                 else f"--init-from {path} has its backbone's own {field}: leave out --{field}"
             )

@@ -406,11 +406,11 @@ def test_classes_are_found_by_name(tmp_path):
 def test_the_network_has_to_be_the_checkpoints(tmp_path, rng):
     checkpoint(tmp_path / "coco.pt", rng, classes=("dog",), stem=(3, 1, 2))
     config = Config(**SMALL, classes=("dog",))
-    with pytest.raises(ValueError, match=r"has backbone resnet18, .* Give --backbone resnet18"):
+    with pytest.raises(ValueError, match=r"has backbone resnet18, .* Leave --backbone out, or give resnet18"):
         transfer.start(
             dataclasses.replace(config, backbone="vgg16"), init_from=tmp_path / "coco.pt"
         )
-    with pytest.raises(ValueError, match=r"Give --stem 3 1 2"):
+    with pytest.raises(ValueError, match=r"or give 3 1 2"):
         transfer.start(config, init_from=tmp_path / "coco.pt")
     checkpoint(tmp_path / "plain.pt", rng, classes=("dog",))
     with pytest.raises(ValueError, match=r"leave out --stem"):
@@ -435,18 +435,24 @@ def test_training_starts_from_the_detector_and_resumes_its_own(tmp_path, rng, mo
         raise Stop
 
     monkeypatch.setattr(train, "parameter_groups", look)
-    flags = ["--backbone", "resnet18", "--width", "0.05", "--out", str(tmp_path), "--device", "cpu"]
+    flags = ["--out", str(tmp_path), "--device", "cpu"]  # the network is the checkpoint's
     flags += ["--init-from", str(tmp_path / "coco.pt")]
     with pytest.raises(Stop):
         train.main(flags)
     model = seen.pop()
     assert (model.config.priors, model.config.classes) == ("coco", names)
+    assert (model.config.backbone, model.config.width, model.config.stem) == (
+        "resnet18",
+        0.05,
+        None,
+    )
     weight = next(iter(source.features.parameters()))
     assert torch.equal(next(iter(model.features.parameters())), weight)
 
+    arguments = vars(train.parse_args(flags))
     (tmp_path / "coco.pt").unlink()
     saved = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "ema": None}
-    saved |= {"args": vars(train.parse_args(flags)), "step": 1}
+    saved |= {"args": arguments, "step": 1}
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(Stop):
         train.main([*flags, "--resume"])
