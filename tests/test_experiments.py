@@ -406,7 +406,9 @@ def test_classes_are_found_by_name(tmp_path):
 def test_the_network_has_to_be_the_checkpoints(tmp_path, rng):
     checkpoint(tmp_path / "coco.pt", rng, classes=("dog",), stem=(3, 1, 2))
     config = Config(**SMALL, classes=("dog",))
-    with pytest.raises(ValueError, match=r"has backbone resnet18, .* Leave --backbone out, or give resnet18"):
+    with pytest.raises(
+        ValueError, match=r"has backbone resnet18, .* Leave --backbone out, or give resnet18"
+    ):
         transfer.start(
             dataclasses.replace(config, backbone="vgg16"), init_from=tmp_path / "coco.pt"
         )
