@@ -235,6 +235,12 @@ MUTANTS = [
     Mutant("the canvas grows to 2, not to 4", "data.py",
            "ratio = rng.uniform(1.0, 4.0)", "ratio = rng.uniform(1.0, 2.0)",
            "test_data.py", "expand"),
+    Mutant("a pixel subtracted from VOC's boxes", "records.py",
+           'number(entry.get(f"bndbox/{side}")) for', 'number(entry.get(f"bndbox/{side}")) - 1 for',
+           "test_hostile.py", "good_tree"),
+    Mutant("difficult objects never trained on", "data.py",
+           "if not self.keep_difficult:", "if True:",
+           "test_data.py", "difficult"),
     Mutant("the first class is background", "records.py",
            "classes.index(name) + 1", "classes.index(name)",
            "test_eval.py", "ceiling_on_shapes"),
@@ -256,7 +262,7 @@ MUTANTS = [
            "test_eval.py", "voc"),
     Mutant("BN left in training mode at evaluation", "eval.py",
            "    model.eval()\n    try:", "    model.train()\n    try:",
-           "test_eval.py", "keeps_order or untrained"),
+           "test_train.py", "running_statistics"),
 ]
 # fmt: on
 WIDTH = max(len(mutant.what) for mutant in MUTANTS)

@@ -28,7 +28,7 @@ from scratchdet import Config, ScratchDet
 ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
 OVERFIT_STEPS = 300
-CONTROL_STEPS = 300
+CONTROL_STEPS = 500
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +46,17 @@ def _keep_signal_handlers():
         signal.signal(number, handler)
 
 
-def voc_flags(root: Path, *more: object) -> list[str]:
-    """The flags of a cheap run on a tree of drawn shapes, whose six names it reads from a file."""
+def data_flags(root: Path) -> list[str]:
+    """The flags of a tree of drawn shapes, whose six names the program reads from a file."""
     names = root / "names.txt"
     names.write_text("\n".join(data.SHAPE_CLASSES))
-    flags = ["--voc-root", root, "--train-sets", "2007:train", "--eval-sets", "2007:test"]
-    flags += ["--classes", names, "--augment", "flip", *FAST]
-    return [str(flag) for flag in (*flags, *more)]
+    sets = ["--train-sets", "2007:train", "--eval-sets", "2007:test"]
+    return ["--voc-root", str(root), *sets, "--classes", str(names), "--augment", "flip"]
+
+
+def voc_flags(root: Path, *more: object) -> list[str]:
+    """The flags of a cheap run."""
+    return [*data_flags(root), *FAST, *map(str, more)]
 
 
 # ----------------------------------------------------------------------------- the schedule
@@ -303,6 +307,21 @@ def test_a_run_leaves_what_it_says(whole_run, shapes_root, capsys):
     records, _ = data.read_voc(shapes_root, ["2007:test"], data.SHAPE_CLASSES)
     found = evaluation.run_detector(model, records, what=None)
     assert len(found) == 4
+
+
+def test_evaluation_uses_the_running_statistics_and_goes_back_to_training(shapes_root):
+    """In the middle of a run: detections do not depend on the batch, and nothing is disturbed."""
+    torch.manual_seed(0)
+    records, classes = data.read_voc(shapes_root, ["2007:test"], data.SHAPE_CLASSES)
+    model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=tuple(classes))).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    pairs, fours = (
+        evaluation.run_detector(model, records, batch_size=n, what=None) for n in (2, 4)
+    )
+    for one, other in zip(pairs, fours, strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("workers", "how"), [(0, "SIGTERM"), (1, "crash")])
@@ -623,23 +642,26 @@ def shuffle_labels(root: Path, seed: int = 0) -> None:
 def test_controls_on_shapes(tmp_path, capsys):
     """What the metric gives to a network that cannot know: untrained below .01; trained in the
     same way, but with the labels shuffled among all boxes, below .30 and below the true labels."""
-    true = data.draw_shapes(tmp_path / "true", num_train=400, num_test=80)
-    shuffled = data.draw_shapes(tmp_path / "shuffled", num_train=400, num_test=80)
-    shuffle_labels(shuffled)
+    roots = {
+        name: data.draw_shapes(tmp_path / name, num_train=400, num_test=80)
+        for name in ("true", "shuffled")
+    }
+    shuffle_labels(roots["shuffled"])
     runs = {}
-    for name, root in (("true", true), ("shuffled", shuffled)):  # one core each
-        flags = voc_flags(root, "--recipe", "shapes", "--iterations", CONTROL_STEPS)
-        flags += ["--out", tmp_path / name, "--no-bf16"]
-        runs[name] = start(tmp_path / name, *flags)
+    for name, root in roots.items():  # a core each
+        flags = [*data_flags(root), "--recipe", "shapes", "--iterations", CONTROL_STEPS]
+        runs[name] = start(tmp_path / name, *flags, "--workers", 0, "--out", tmp_path / name)
     for name, process in runs.items():
         finish(process, tmp_path / name, 600)
     found = {
         name: json.loads((tmp_path / name / "results.json").read_text())["mAP"] for name in runs
     }
     torch.manual_seed(0)
-    records, classes = data.read_voc(true, ["2007:test"], data.SHAPE_CLASSES)
-    model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=tuple(classes)))
-    found["untrained"] = evaluation.evaluate(model, records, metric="voc07")["mAP"]
+    records, _ = data.read_voc(roots["true"], ["2007:test"], data.SHAPE_CLASSES)
+    config = torch.load(tmp_path / "true" / "last.pt")["config"]
+    found["untrained"] = evaluation.evaluate(
+        ScratchDet(Config.from_dict(config)), records, metric="voc07"
+    )["mAP"]
     with capsys.disabled():
         print(" [mAP:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), end="]")
     assert found["untrained"] < 0.01
