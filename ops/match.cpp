@@ -42,7 +42,6 @@ struct Chunk {
   // No prior of the chunk has a higher IoU with b. The intersection is at most I = b in the hull;
   // of all priors that could hold it, one of just that area would have the least union.
   float bound(Box b, float area_b) const {
-    if (area_b < 1e-30f) return 1.0f;  // too small for the relative margin below
     const float w = std::min(hull.x2, b.x2) - std::max(hull.x1, b.x1);
     const float h = std::min(hull.y2, b.y2) - std::max(hull.y1, b.y1);
     if (!(w > 0.0f && h > 0.0f)) return 0.0f;

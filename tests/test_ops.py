@@ -305,6 +305,14 @@ def test_match_at_the_threshold(device):
     check_match(priors, far, spread([1]), 0.5, device, torch.full((1, 4), -1))
 
 
+def test_match_areas_that_underflow(device, rng):
+    """Sides of 1e-21 and less: areas are zero or a few of the smallest steps of float32."""
+    for tiny in (1e-21, 3e-22, 3e-23):
+        for _ in range(20):
+            priors, boxes, offsets, threshold = match_case(rng, 200, 3)
+            check_match(priors * tiny, boxes * tiny, offsets, threshold, device)
+
+
 def test_match_rows_count_over_the_batch(device):
     boxes = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.5, 0.5]])
     expected = torch.tensor([[0, -1], [-1, -1], [2, 1]])
