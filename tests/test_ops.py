@@ -450,7 +450,8 @@ def test_postprocess_full_size(device, rng, background):
 
 def test_postprocess_odd_numbers(device, rng):
     """Infinite and NaN logits and offsets: no candidate, and the rest of the image is unharmed."""
-    odd = torch.tensor([INF, -INF, NAN, 1e30, -1e30, 89.0, -200.0])
+    payload = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)  # a NaN, too
+    odd = torch.cat([torch.tensor([INF, -INF, NAN, 1e30, -1e30, 89.0, -200.0]), payload])
     for _ in range(20):
         loc, logits, priors = post_case(rng, 2, 60, 4)
         for x in (loc, logits):
