@@ -595,9 +595,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
     return model.eval(), checkpoint
 
 
-def summary(model: ScratchDet) -> str:
-    """The network as a table: each map's size, channels and priors; parameters and MACs."""
-    config, macs = model.config, 0
+def count_macs(model: ScratchDet) -> int:
+    """Multiplications of one image's forward pass, in the convolutions."""
+    macs, size = 0, model.config.size
 
     def count(conv: nn.Conv2d, _, out: Tensor):
         nonlocal macs
@@ -606,9 +606,15 @@ def summary(model: ScratchDet) -> str:
     meta = copy.deepcopy(model).to("meta").eval()
     for conv in convs_of(meta):
         conv.register_forward_hook(count)
-    maps = meta.features(torch.empty(1, 3, config.size, config.size, device="meta"))
-    meta.head(maps)
+    meta(torch.empty(1, 3, size, size, device="meta"))
+    return macs
 
+
+def summary(model: ScratchDet) -> str:
+    """The network as a table: each map's size, channels and priors; parameters and MACs."""
+    config = model.config
+    body = copy.deepcopy(model.features).to("meta").eval()
+    maps = body(torch.empty(1, 3, config.size, config.size, device="meta"))
     lines = [
         f"{config.backbone}, BN {config.bn}, width {config.width:g}, "
         f"{config.size}x{config.size}, {config.num_classes} classes with background",
@@ -621,7 +627,7 @@ def summary(model: ScratchDet) -> str:
         lines.append(f"{i:<5}{f'{h}x{w}':>8}{m.shape[1]:>10}{a:>15}{h * w * a:>8}  {side}")
     parameters = sum(p.numel() for p in model.parameters())
     lines.append(f"{len(model.priors_cxcywh):,} priors")
-    lines.append(f"{parameters:,} parameters, {macs / 1e9:.2f} GMACs")
+    lines.append(f"{parameters:,} parameters, {count_macs(model) / 1e9:.2f} GMACs")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import report, transfer
+from experiments import report, step_bench, transfer
 from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
 
 # The recipes. `drops`: where the learning rate falls to a tenth, as a fraction of the iterations
@@ -58,12 +59,12 @@ RECIPES = {
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
     "budget": SHORT | dict(iterations=6_000, augment="ssd"),
-    "shapes": SHORT | dict(iterations=1_400, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
+    "shapes": SHORT | dict(iterations=1_200, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1)),  # the quick start
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on
-SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every")
+SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "bench")
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -123,6 +124,9 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
     add("--log-gradients", action=yes_no, default=True, help="log their L2 norm (Figure 1)")
     add("--skip-nonfinite", action=yes_no, default=False, help="leave such steps out, and count")
+    add("--sync-bn", action=yes_no, default=False,
+        help="several GPUs: BatchNorm over the images of all ranks")
+    add("--bench", action="store_true", help="no training: time the parts of a step, and end")
     # fmt: on
 
     known, _ = parser.parse_known_args(argv)
@@ -207,7 +211,10 @@ def save(path: Path, checkpoint: dict) -> None:
         if path.exists():
             older = path.with_name("previous.tmp")
             older.unlink(missing_ok=True)
-            os.link(path, older)
+            try:
+                os.link(path, older)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, older)
             os.replace(older, path.with_name("previous.pt"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
@@ -366,7 +373,12 @@ def micro_batch(args: argparse.Namespace, world: int) -> int:
             f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
             f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
         )
-    if micro == 1 and args.bn != "none":
+    if args.sync_bn and torch.device(args.device).type != "cuda":
+        raise ValueError(
+            f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
+            "out (each rank then normalises by its own images), or use --device cuda"
+        )
+    if micro * (world if args.sync_bn else 1) == 1 and args.bn != "none":
         raise ValueError(
             f"--batch-size {args.batch_size} leaves a (micro-)batch of 1 image: BatchNorm has no "
             "statistics on the 1x1 map. Use a larger --batch-size, a smaller --accumulate, or "
@@ -394,34 +406,59 @@ def check_memory(model: ScratchDet, micro: int, args: argparse.Namespace) -> flo
     return needed / 2**30
 
 
-def forward_backward(network, model: ScratchDet, batches, args: argparse.Namespace) -> tuple:
+def check_space(model: ScratchDet, args: argparse.Namespace) -> float:
+    """GB of the run's checkpoints; ValueError where the disk has less."""
+    out = Path(args.out)
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    # weights, momentum and averaged weights; last.pt, previous.pt and the one being written
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if args.ema else 2)
+    missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
+    needed = size * len(missing)
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ValueError(
+            f"--out {out}: its checkpoints need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB "
+            "are free. Free some space, or choose another --out"
+        )
+    return 3 * size / 1e9
+
+
+def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part: None) -> tuple:
     """The gradients of one step -> (log (5,), rows of `records` used).
 
-    log: loss_loc, loss_conf, positives an image, L2 norm of the gradients, 0. The loss of each
-    micro-batch is divided by its own positives, then they are averaged, as are ranks (Caffe).
+    log: loss_loc, loss_conf, positives an image, L2 norm of the gradients, share of the ranks that
+    were told to `stop`. The loss of each micro-batch is divided by its own positives, then they are
+    averaged, as are ranks (Caffe). `mark` is called at the end of each part, for --bench.
     """
     device = model.priors_cxcywh.device
     log, images = torch.zeros(5, device=device), []
     for i in range(args.accumulate):
         batch = next(batches)
         images += batch.indices.tolist()
+        mark("data wait")
         batch = data.Batch(*(t.to(device, non_blocking=True) for t in batch))
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
+        mark("copy, colour, mean")
         ranks_wait = dist.is_initialized() and i < args.accumulate - 1  # gradients meet once a step
         with network.no_sync() if ranks_wait else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
+            mark("forward")
             loss_loc, loss_conf, positives = multibox_loss(
                 loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
             )
+            mark("loss, matching")
             ((loss_loc + loss_conf) / args.accumulate).backward()
+            mark("backward")
         log[:3] += torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach()
     log[:3] /= args.accumulate
     if args.log_gradients:
         log[3] = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    log[4] = float(bool(stop))
     if dist.is_initialized():
         dist.all_reduce(log)
         log /= dist.get_world_size()
+    mark("log")
     return log, images
 
 
@@ -442,19 +479,23 @@ def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
     while len(times) < 3 or sum(times) < at_least:
         begin = time.perf_counter()
         one_step()
-        times.append(time.perf_counter() - begin)
+        took = [time.perf_counter() - begin]
+        if dist.is_initialized():  # all ranks must do, and answer, the same
+            dist.broadcast_object_list(took, 0)
+        times += took
     for x, state in zip(states, before, strict=True):
         x.load_state_dict(state)
-    mean = torch.tensor(sum(times[1:]) / (len(times) - 1))  # the first one warms up
-    if dist.is_initialized():
-        dist.broadcast(mean, 0)
-    return mean.item()
+    return sum(times[1:]) / (len(times) - 1)  # the first one warms up
 
 
 def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) -> None:
     """A loss or gradient that is not a number: stop, naming all that is known, or say so."""
-    kept = Path(args.out) / "nonfinite.json"
-    kept.write_text(json.dumps({**line, "images": images}, indent=1))
+    kept, parts = Path(args.out) / "nonfinite.json", [images]
+    if dist.is_initialized():  # every rank is here: the losses are averaged
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, images)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        kept.write_text(json.dumps({**line, "images": sum(parts, [])}, indent=1))
     what = (
         f"step {line['step']}: loss {line['loss']:g} (loc {line['loc']:g}, conf {line['conf']:g}), "
         f"gradient norm {line['grad_norm']:g} at learning rate {line['lr']:g}"
@@ -505,7 +546,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
-    gib = check_memory(model, micro, args)
+    gib, gb = check_memory(model, micro, args), check_space(model, args)
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
     ema, first, skipped = deepcopy(model.state_dict()) if args.ema else None, 0, 0
@@ -518,6 +559,8 @@ def main(argv: list[str] | None = None) -> dict:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema, first, skipped = (checkpoint[key] for key in ("ema", "step", "skipped"))
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # keeps the parameters
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -530,6 +573,18 @@ def main(argv: list[str] | None = None) -> dict:
             keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
+    if args.bench:
+        batches = stream(0, micro)
+
+        def timed_step(mark):
+            forward_backward(network, model, batches, args, mark=mark)
+            update(optimizer, model, None, 0, args)
+            mark("optimizer")
+
+        parts = f"{world} process(es) x {args.accumulate} x {micro} images"
+        say(f"commit {commit()}, torch {torch.__version__}, {machine(device)}")
+        say(f"{args.backbone}, width {args.width:g}: a step of {parts}, {args.workers} workers")
+        return step_bench.report(timed_step, model, micro * args.accumulate, args.bf16, say)
     if lead:
         (out / "detections").mkdir(parents=True, exist_ok=True)  # fails before the first step
 
@@ -560,7 +615,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not checkpoint:
         minutes = args.iterations * step_seconds / 60
         takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
-        say(f"this will take about {takes} and {gib:.1f} GiB on {device}")
+        say(f"this will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk")
         if minutes > 7 * 24 * 60:
             say("that is more than a week: --minutes 60 trains as well as an hour allows, here")
     log_file = None
@@ -583,23 +638,27 @@ def main(argv: list[str] | None = None) -> dict:
             model.train()
 
     # The loop. Log rows wait on the device, `every` steps, so that nothing else waits for it.
-    stop = []
+    stop, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
+        handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
     every = 1 if device.type == "cpu" or args.skip_nonfinite else 20
     batches, pending, shown, begin = stream(first, micro), [], 0.0, time.perf_counter()
     for step in range(first, args.iterations):
-        log, images = forward_backward(network, model, batches, args)
+        if args.skip_nonfinite:
+            statistics = [b.clone() for b in model.buffers()]
+        log, images = forward_backward(network, model, batches, args, stop=stop)
         pending.append((step, images, log))
-        last, finite = step + 1 == args.iterations, True
+        last, finite, stopping = step + 1 == args.iterations, True, False
         saving = last or (step + 1) % args.save_every == 0
-        if len(pending) == every or saving:
+        # Several ranks stop at the same step: at a flush, once `stop` has gone through the log.
+        if len(pending) == every or saving or (stop and world == 1):
             rows = torch.stack([log for *_, log in pending]).tolist()  # the only sync of the loop
             rate = args.batch_size * (step + 1 - first) / (time.perf_counter() - begin)
             for (at, images, _), row in zip(pending, rows, strict=True):
                 line = {"step": at, "loss": row[0] + row[1], "loc": row[0], "conf": row[1]}
                 line |= {"positives": row[2], "grad_norm": row[3], "lr": learning_rate(at, args)}
                 line |= {"images_per_s": round(rate, 2)}
+                stopping |= row[4] > 0 or (bool(stop) and world == 1)
                 finite = all(map(math.isfinite, row))
                 if not finite:
                     report_nonfinite(line, [train[i].name for i in images], args)
@@ -615,13 +674,17 @@ def main(argv: list[str] | None = None) -> dict:
             update(optimizer, model, ema, step, args)
         else:
             optimizer.zero_grad(set_to_none=True)
+            for buffer, before in zip(model.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # BatchNorm's running statistics saw that batch
             skipped += 1
         if saving:
             snapshot(step + 1)
-        if stop and not last:
+        if stopping and not last:
             snapshot(step + 1)
             say(f"\nstopped after {step + 1} steps; the same command with --resume goes on")
-            sys.exit(128 + stop[0])
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    for number, handler in handlers.items():  # all is saved: from here on Ctrl-C just ends
+        signal.signal(number, handler)
 
     # The result, with the averaged weights where there are any.
     if ema:
