@@ -456,7 +456,7 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool) -> Iterator
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise RuntimeError(
+        raise ChildProcessError(
             f"a data worker died ({repr(error).splitlines()[0]}). If it was killed, memory or "
             f"/dev/shm ran out: use fewer --workers (now {workers}) or a smaller --batch-size"
         ) from error

@@ -27,6 +27,7 @@ import argparse
 import copy
 import math
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -575,9 +576,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
     """A checkpoint of train.py -> (the network in evaluation mode, the whole checkpoint).
 
     Takes the averaged weights where there are any. Only tensors and plain data are read: a
-    checkpoint cannot run code.
+    checkpoint cannot run code. Its checksums are verified, which torch.load does not do.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            packed = [e.filename for e in file.infolist() if e.compress_type != zipfile.ZIP_STORED]
+            bad = packed[0] if packed else file.testzip()  # torch never packs; a bomb would
+            if bad:
+                raise zipfile.BadZipFile(f"{bad} is not what was written")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         model = ScratchDet(Config.from_dict(checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
@@ -585,7 +591,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
     except (
         pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError,
-        TypeError, AttributeError, ValueError,
+        TypeError, AttributeError, ValueError, struct.error,
     ) as e:  # fmt: skip
         why = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(

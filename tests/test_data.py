@@ -429,7 +429,7 @@ def test_a_killed_worker_is_a_clear_error(records):
     next(stream)
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="data worker died.*fewer --workers"):
+    with pytest.raises(ChildProcessError, match="data worker died.*fewer --workers"):
         for _ in stream:
             pass
 
