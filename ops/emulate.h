@@ -102,11 +102,12 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
 }
 }  // namespace emulate
 
-#define LAUNCH(kernel, grid, block, shared_bytes, stream)                              \
-  [&](auto... arguments) {                                                             \
-    emulate::run(grid, block, shared_bytes, [&] { kernel(arguments...); });            \
+#define LAUNCH(kernel, grid, block, shared_bytes, stream)                   \
+  [&](auto... arguments) {                                                  \
+    emulate::run(grid, block, shared_bytes, [&] { kernel(arguments...); }); \
   }
-#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulate::dynamic_shared->data())
+#define DYNAMIC_SHARED(type, name) \
+  type* name = reinterpret_cast<type*>(emulate::dynamic_shared->data())
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {

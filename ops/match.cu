@@ -115,9 +115,10 @@ __device__ void assign_best_first(const Image& image) {
     const bool taken = image.matched[p] == kTaken;
     if (taken) look_again(image, g, &best);
     __syncthreads();
-    if (t != 0) continue;
-    if (!taken) image.matched[p] = kTaken;
-    image.best_prior[g] = taken ? best : Key(unsigned(key));  // IoU 0: the box needs no more
+    if (t == 0) {
+      if (!taken) image.matched[p] = kTaken;
+      image.best_prior[g] = taken ? best : Key(unsigned(key));  // IoU 0: the box needs no more
+    }
   }
   for (int g = t; g < image.num_boxes; g += kThreads) {
     const Key key = image.best_prior[g];
@@ -147,7 +148,8 @@ Tensor match(const Tensor& priors_xyxy, const Tensor& boxes_xyxy, const Tensor& 
   const int64_t n = rows.size(0) - 1, p = priors.size(0), t = boxes.size(0);
   Tensor matched = torch::stable::new_empty(rows, {n, p});
   if (n == 0 || p == 0) return matched;
-  STD_TORCH_CHECK(p < INT32_MAX / 2 && t < INT32_MAX, "match: too many priors or boxes: ", p, ", ", t);
+  STD_TORCH_CHECK(p < INT32_MAX / 2 && t < INT32_MAX, "match: too many priors or boxes: ", p, ", ",
+                  t);
   Tensor best_prior = torch::stable::new_empty(rows, {t});
   LAUNCH(match_kernel, n, kThreads, 0, device.stream)(
       reinterpret_cast<const Box*>(priors.const_data_ptr<float>()), int(p),

@@ -97,8 +97,8 @@ Tensor nms(const Tensor& boxes_xyxy, const Tensor& scores, const Tensor& groups,
     const int64_t* group = c.sorted.group + first;
     launch_tiles(box, group, count, iou_threshold, mask, device.stream);
     LAUNCH(scan_kernel, 1, kThreads, 0, device.stream)(
-        reinterpret_cast<const Key*>(mask.const_data_ptr<int64_t>()), count, c.sorted.index + first, c.sorted.gone + first, kept_words,
-        keep.mutable_data_ptr<bool>());
+        reinterpret_cast<const Key*>(mask.const_data_ptr<int64_t>()), count, c.sorted.index + first,
+        c.sorted.gone + first, kept_words, keep.mutable_data_ptr<bool>());
     CHECK_LAUNCH();
     const int64_t after = k - first - count;
     if (after == 0) break;

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kRows)
   DYNAMIC_SHARED(float, tile);
   const int t = threadIdx.x, first = blockIdx.y * kRows, rows = min(kRows, num_priors - first);
   const int pitch = min(kColumns, num_classes) | 1;
-  const int64_t corner = (int64_t(blockIdx.x) * num_priors + first) * num_classes;
+  const int64_t first_row = int64_t(blockIdx.x) * num_priors + first;
   float best = -INFINITY, sum = 0;
   enum { kMax, kSum, kWrite };
   for (int step = kMax; step <= kWrite; ++step) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kRows)
         __syncthreads();                             // nobody reads the tile before this any more
         for (int row = t / 32; row < rows; row += kRows / 32)
           for (int c = t % 32; c < columns; c += 32)
-            tile[row * pitch + c] = load(logits, corner + int64_t(row) * num_classes + start + c, type);
+            tile[row * pitch + c] = load(logits, (first_row + row) * num_classes + start + c, type);
         __syncthreads();
       }
       for (int c = 0; t < rows && c < columns; ++c) {
@@ -62,7 +62,7 @@ __device__ Key with_index(const unsigned* keys, int i) {
 // Radix selection: the `wanted`-th largest of with_index(keys, 0..count), or 1 if there are fewer.
 // Eight bits a round, from the top: count how often each digit follows the digits found so far,
 // and go down from the largest digit until `wanted` keys are passed.
-__device__ Key select(const unsigned* keys, int count, int wanted) {
+__device__ Key select(const unsigned* __restrict__ keys, int count, int wanted) {
   __shared__ int bins[256], digit, still_wanted, in_bin;
   const int t = threadIdx.x;
   Key found = 0;  // the upper digits of the key that is looked for
@@ -108,7 +108,8 @@ __device__ Key select(const unsigned* keys, int count, int wanted) {
 
 // The best `wanted` of the keys, in order, into best[]; `unsorted` is room for as many. Returns how
 // many there are. A key's place is the number of keys before it, as in sort.h.
-__device__ int select_sorted(const unsigned* keys, int count, int wanted, Key* unsorted, Key* best) {
+__device__ int select_sorted(const unsigned* keys, int count, int wanted, Key* unsorted,
+                             Key* best) {
   __shared__ int found;
   const int t = threadIdx.x;
   if (t == 0) found = 0;
@@ -194,9 +195,9 @@ struct Problem {
 };
 
 __device__ Box decoded(const Problem& problem, int image, int prior) {
+  const int64_t row = int64_t(image) * problem.num_priors + prior;
   float loc[4];
-  for (int k = 0; k < 4; ++k)
-    loc[k] = load(problem.loc, (int64_t(image) * problem.num_priors + prior) * 4 + k, problem.loc_type);
+  for (int k = 0; k < 4; ++k) loc[k] = load(problem.loc, row * 4 + k, problem.loc_type);
   return decode(loc, problem.priors + int64_t(prior) * 4);
 }
 
@@ -217,7 +218,8 @@ __global__ void __launch_bounds__(kThreads)
     lists.box[i] = finite_or_empty(box);
     if (!is_finite(box)) lists.best[i] = 0;
   }
-  const int total = suppress(lists.box, lists.best, count, problem.iou_threshold, problem.cap, lists.kept);
+  const int total =
+      suppress(lists.box, lists.best, count, problem.iou_threshold, problem.cap, lists.kept);
   for (int i = t; i < problem.cap; i += kThreads) {
     const int64_t slot = int64_t(blockIdx.x) * problem.cap + i;
     const Key key = i < total ? lists.best[lists.kept[i]] : 0;
@@ -274,7 +276,8 @@ Detections postprocess(const Tensor& loc, const Tensor& logits, const Tensor& pr
   if (n == 0) return {boxes, scores, labels, count};
   top_k = min(top_k, max(p, int64_t(1)));
   const int64_t cap = min(top_k, d), slots = (c - 1) * cap, room = min(d, slots);
-  STD_TORCH_CHECK(max(max(p, d), max(slots, n * (c - 1))) < INT32_MAX - kThreads, "postprocess: too large");
+  STD_TORCH_CHECK(max(max(p, d), max(slots, n * (c - 1))) < INT32_MAX - kThreads,
+                  "postprocess: more than 2^31 priors, detections or classes");
   const Problem problem = {l.const_data_ptr(), floating(l), priors.const_data_ptr<float>(),
                            int(p), int(c), float(iou_threshold), int(top_k), int(cap), int(d)};
 

@@ -307,8 +307,8 @@ RACES = [
     ("sort.h", 1, 1),  # keys of other threads
     ("tile.h", 0, 1),  # boxes of the tile
     ("nms.cu", 1, 1),  # survivors of the chunk
-    ("postprocess.cu", 1, 2),  # logits of other rows
-    ("postprocess.cu", 3, 2),  # the histogram
+    ("postprocess.cu", 1, 35),  # logits of other rows
+    ("postprocess.cu", 3, 35),  # the histogram
 ]
 
 

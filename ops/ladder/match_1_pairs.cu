@@ -41,21 +41,22 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Key best;
   const int64_t start = offsets[blockIdx.x], num_boxes = offsets[blockIdx.x + 1] - start;
   float* iou = ious + start * num_priors;
+  const int t = threadIdx.x;
   for (int64_t round = 0; round < num_boxes; ++round) {
     __syncthreads();
-    if (threadIdx.x == 0) best = 0;
+    if (t == 0) best = 0;
     __syncthreads();
     Key mine = 0;
-    for (int64_t i = threadIdx.x; i < num_boxes * num_priors; i += kThreads)
+    for (int64_t i = t; i < num_boxes * num_priors; i += kThreads)
       if (iou[i] > 1e-6f && pack(iou[i], i) > mine) mine = pack(iou[i], i);
     if (mine != 0) atomicMax(&best, mine);
     __syncthreads();
     if (best == 0) break;
     const int box = index_of(best) / num_priors, prior = index_of(best) % num_priors;
-    if (threadIdx.x == 0) matched[int64_t(blockIdx.x) * num_priors + prior] = start + box;
-    for (int p = threadIdx.x; p < num_priors; p += kThreads) iou[int64_t(box) * num_priors + p] = -1;
+    if (t == 0) matched[int64_t(blockIdx.x) * num_priors + prior] = start + box;
+    for (int p = t; p < num_priors; p += kThreads) iou[int64_t(box) * num_priors + p] = -1;
     __syncthreads();  // box's row and prior's column cross in one place
-    for (int g = threadIdx.x; g < num_boxes; g += kThreads) iou[int64_t(g) * num_priors + prior] = -1;
+    for (int g = t; g < num_boxes; g += kThreads) iou[int64_t(g) * num_priors + prior] = -1;
   }
 }
 
@@ -91,4 +92,6 @@ Tensor match(const Tensor& priors_xyxy, const Tensor& boxes_xyxy, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(OP_NAMESPACE, DEVICE_KEY, m) { m.impl("match_1_pairs", TORCH_BOX(&match)); }
+STABLE_TORCH_LIBRARY_IMPL(OP_NAMESPACE, DEVICE_KEY, m) {
+  m.impl("match_1_pairs", TORCH_BOX(&match));
+}

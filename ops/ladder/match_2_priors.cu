@@ -37,7 +37,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // grid (N), block = one image: the best pair first; a box whose prior was taken looks again.
-// owned[g] = the prior of box g, or -1 while it has none.
 __global__ void __launch_bounds__(kThreads)
     greedy_kernel(const Box* priors, int num_priors, const Box* boxes, const int64_t* offsets,
                   Key* best_prior, bool* taken, int64_t* matched) {
@@ -63,11 +62,11 @@ __global__ void __launch_bounds__(kThreads)
       if (overlap > kMinBipartiteIou) atomicMax(&again, pack(overlap, p));
     }
     __syncthreads();
-    if (t != 0) continue;
-    best_prior[row] = again;  // 0 once it has a prior
-    if (is_taken) continue;
-    taken[prior] = true;
-    matched[int64_t(blockIdx.x) * num_priors + prior] = row;
+    if (t == 0) best_prior[row] = again;  // 0 once it has a prior
+    if (t == 0 && !is_taken) {
+      taken[prior] = true;
+      matched[int64_t(blockIdx.x) * num_priors + prior] = row;
+    }
   }
 }
 
@@ -98,4 +97,6 @@ Tensor match(const Tensor& priors_xyxy, const Tensor& boxes_xyxy, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(OP_NAMESPACE, DEVICE_KEY, m) { m.impl("match_2_priors", TORCH_BOX(&match)); }
+STABLE_TORCH_LIBRARY_IMPL(OP_NAMESPACE, DEVICE_KEY, m) {
+  m.impl("match_2_priors", TORCH_BOX(&match));
+}
