@@ -580,8 +580,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
     """
     try:
         with zipfile.ZipFile(path) as file:
-            packed = [e.filename for e in file.infolist() if e.compress_type != zipfile.ZIP_STORED]
-            bad = packed[0] if packed else file.testzip()  # torch never packs; a bomb would
+            # torch stores plain files: a bomb packs them, a flipped bit makes folders of them
+            odd = [e.filename for e in file.infolist() if e.compress_type or e.external_attr]
+            bad = odd[0] if odd else file.testzip()
             if bad:
                 raise zipfile.BadZipFile(f"{bad} is not what was written")
         checkpoint = torch.load(path, map_location=device, weights_only=True)

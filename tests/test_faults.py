@@ -1,0 +1,371 @@
+"""Faults of machines, disks and processes, and inputs of extreme size: nothing lost, all bounded.
+
+Bad data and hostile files are in test_hostile.py, resuming and failing saves in test_train.py.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_train
+import torch
+from test_train import log_of, run_flags, voc_flags
+
+import data
+import eval as evaluation
+import metrics
+import scratchdet
+import train
+from scratchdet import Config, ScratchDet, multibox_loss
+
+ROOT = Path(__file__).parents[1]
+shapes_root = test_train.shapes_root
+SMALL = Config(backbone="resnet18", width=0.01, classes=("a",))  # 16 channels everywhere
+
+
+def in_fork(function) -> str:
+    """What `function` raised in a process of its own, with limits of its own; "" if nothing."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            function()
+        except BaseException as e:
+            said = f"{type(e).__name__}: {e}"
+        os.write(writer, said.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+def checkpoint(step: int = 1) -> dict:
+
+    state = {"config": asdict(SMALL), "args": {}, "step": step, "ema": None, "skipped": 0}
+    return state | {"model": ScratchDet(SMALL).state_dict(), "optimizer": {}}
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The system's own limit, not a stand-in: files may not grow beyond 100 kB."""
+    path = tmp_path / "last.pt"
+    train.save(path, checkpoint(1))
+    assert path.stat().st_size > 200_000
+
+    def with_little_space():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        train.save(path, checkpoint(2))
+
+    said = in_fork(with_little_space)
+    assert said.startswith("ValueError")
+    assert "last.pt: cannot write the checkpoint" in said
+    assert "--resume" in said
+    assert scratchdet.load(path)[1]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_last_checkpoint():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's own are closed to others
+        path = Path(folder) / "last.pt"
+        train.save(path, checkpoint(1))
+        os.chmod(path, 0o444)
+        os.chmod(folder, 0o555)
+
+        def as_nobody():
+            if os.getuid() == 0:  # root may write anywhere
+                os.setgroups([])
+                os.setuid(65534)
+            train.save(path, checkpoint(2))
+
+        said = in_fork(as_nobody)
+        os.chmod(folder, 0o755)
+        assert "last.pt: cannot write the checkpoint" in said
+        assert "Permission denied" in said
+        assert scratchdet.load(path)[1]["step"] == 1
+
+
+def test_a_file_system_without_links_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(train.os, "link", refuse)
+    for step in (1, 2):
+        train.save(tmp_path / "last.pt", checkpoint(step))
+    steps = [scratchdet.load(tmp_path / name)[1]["step"] for name in ("previous.pt", "last.pt")]
+    assert steps == [1, 2]
+
+
+def test_flipped_bits_in_a_checkpoint_are_found(tmp_path, monkeypatch, capsys):
+    """One bit anywhere: refused, or without effect (padding between the tensors)."""
+    path, rng, refused, harmless = tmp_path / "last.pt", np.random.default_rng(0), 0, 0
+    train.save(path, checkpoint())
+    whole, right = path.read_bytes(), torch.load(path, weights_only=True)
+    # What is built from it does not matter here, and takes most of the time.
+    model = ScratchDet(SMALL)
+    monkeypatch.setattr(scratchdet, "ScratchDet", lambda config: model)
+    tail = rng.integers(len(whole) - 12_000, len(whole), 100)  # the directory of the zip
+    for at in [*range(100), *tail, *rng.integers(0, len(whole), 300)]:
+        spoiled = bytearray(whole)
+        spoiled[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(spoiled)
+        try:
+            got = scratchdet.load(path)[1]
+        except ValueError:  # anything else fails the test
+            refused += 1
+            continue
+        assert got["step"] == right["step"]
+        assert got["config"] == right["config"]
+        assert all(torch.equal(v, got["model"][k]) for k, v in right["model"].items())
+        harmless += 1
+    with capsys.disabled():
+        print(f" [{refused} refused, {harmless} harmless]", end="")
+    assert refused > 4 * harmless
+
+
+def test_a_packed_checkpoint_is_refused_before_it_unfolds(tmp_path):
+    """100 MB of zeros in 100 kB: torch.load would fill the memory."""
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("bomb/data.pkl", b"\0" * 100_000_000)
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        scratchdet.load(path)
+    assert time.process_time() - begin < 0.1
+
+
+# --------------------------------------------------------------------------------- training
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    shapes_root, tmp_path, monkeypatch, capsys
+):
+    """The weights and BatchNorm's running statistics never see them."""
+    prepare, forward_backward, steps = train.data.prepare, train.forward_backward, []
+
+    def nan(batch, config):
+        return prepare(batch, config) * float("nan")
+
+    def poisoned(*args, **more):
+        steps.append("stop" in more)  # not the steps that only measure the time
+        bad = sum(steps) in (2, 3) and steps[-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(train.data, "prepare", nan if bad else prepare)
+            return forward_backward(*args, **more)
+
+    monkeypatch.setattr(train, "forward_backward", poisoned)
+    train.main(run_flags(shapes_root, tmp_path, "--skip-nonfinite", "--iterations", 5))
+    assert "skipped, not finite: step" in capsys.readouterr().out
+    saved = torch.load(tmp_path / "last.pt")
+    assert (saved["step"], saved["skipped"]) == (5, 2)
+    for part in ("model", "ema"):
+        assert all(v.isfinite().all() for v in saved[part].values())
+    finite = [np.isfinite(line["loss"]) for line in log_of(tmp_path)]
+    assert finite == [True, False, False, True, True]
+    listed = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert len(listed["images"]) == 4
+    assert all(name.startswith("train") for name in listed["images"])
+
+
+def test_a_data_worker_that_the_system_kills_is_one_line(shapes_root, tmp_path, monkeypatch):
+    update = train.update
+
+    def kill_workers(*args):
+        update(*args)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(train, "update", kill_workers)
+    flags = run_flags(shapes_root, tmp_path, "--workers", 1, "--iterations", 99)
+    with pytest.raises(
+        OSError, match="data worker died.*fewer --workers"
+    ):  # `error: ...` in __main__
+        train.main(flags)
+
+
+def test_sync_bn_without_a_gpu_is_refused(shapes_root, tmp_path):
+    flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--device", "cpu")
+    with pytest.raises(ValueError, match="--sync-bn --device cpu.*GPUs only"):
+        train.main([*flags, "--sync-bn"])
+
+
+def test_too_little_disk_is_said_before_the_first_step(shapes_root, tmp_path, monkeypatch):
+    usage = train.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage._replace(free=1e6))
+    with pytest.raises(ValueError, match="checkpoints need .* GB more, 0.00 GB are free"):
+        train.main(voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bench_times_the_parts_of_a_step(shapes_root, tmp_path, capsys):
+    flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2, "--width", 0.01)
+    parts = train.main([*flags, "--bench"])
+    said = capsys.readouterr().out
+    for part in ("data wait", "forward", "loss, matching", "backward", "optimizer"):
+        assert parts[part] > 0
+        assert f"  {part} " in said
+    assert 0 < parts["of_product"] < 2
+    assert "images/s" in said
+    assert "peak memory" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------- extreme sizes
+
+
+def test_all_174640_pairs_of_an_untrained_network_pass(capsys):
+    """Equal logits: every probability is 1/21 > .01. Bounded output, memory and time."""
+    priors = scratchdet.make_priors(Config())
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    loc, logits = torch.zeros(4, len(priors), 4), torch.zeros(4, len(priors), 21)
+    boxes, scores, labels, count = scratchdet.detect(loc, logits, priors)
+    seconds = time.process_time() - begin
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with capsys.disabled():
+        print(f" [4 images: {seconds:.2f} CPU s, {grown:.0f} MiB]", end="")
+    assert count.tolist() == [200] * 4
+    assert boxes.isfinite().all()
+    assert scores.max() == pytest.approx(1 / 21)
+    assert seconds < 10
+    assert grown < 600
+
+
+def test_an_image_with_5000_boxes_has_a_loss(rng):
+    priors = scratchdet.make_priors(Config())
+    corner = torch.rand(5000, 2, generator=rng) * 0.9
+    boxes = torch.cat([corner, corner + 0.02 + 0.08 * torch.rand(5000, 2, generator=rng)], dim=1)
+    loc = torch.zeros(2, len(priors), 4, requires_grad=True)
+    logits = torch.zeros(2, len(priors), 21, requires_grad=True)
+    labels, offsets = torch.ones(5000, dtype=torch.int64), torch.tensor([0, 5000, 5000])
+    begin = time.process_time()
+    loss_loc, loss_conf, positives = multibox_loss(loc, logits, priors, boxes, labels, offsets)
+    (loss_loc + loss_conf).backward()
+    assert time.process_time() - begin < 20
+    # Each box of that image has a prior, and their negatives are the rest of it, or three each.
+    positives = positives.item()
+    assert 5000 <= positives <= len(priors)
+    used = positives + min(3 * positives, len(priors) - positives)
+    assert loss_conf.item() == pytest.approx(np.log(21) * used / positives, rel=1e-5)
+    assert loc.grad.isfinite().all()
+    assert (logits.grad[1] == 0).all()  # the image without boxes
+
+
+def test_10000_images_without_a_box(tmp_path):
+    """They add false positives and nothing else, and are trained on as background."""
+    picture = data.Image.new("RGB", (32, 32))
+    picture.save(tmp_path / "a.jpg")
+    none = np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0)
+    empty = [data.Record(str(i), tmp_path / "a.jpg", (32, 32), *none) for i in range(10_000)]
+    box, one = np.array([[2.0, 2.0, 30.0, 30.0]]), np.ones(1, np.int64)
+    full = data.Record("full", tmp_path / "a.jpg", (32, 32), box, one, one == 0, np.array([784.0]))
+    hit = metrics.Detections(box, np.array([0.5]), one)
+    miss = metrics.Detections(box, np.array([0.9]), one)
+    nothing = metrics.Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+    records = [full, *empty]
+    quiet = evaluation.summarise(records, [hit] + [nothing] * 10_000, ("a",), "coco")
+    loud = evaluation.summarise(records, [hit] + [miss] * 10_000, ("a",), "coco")
+    assert quiet["mAP_area"] == pytest.approx(1)
+    assert loud["mAP_area"] == pytest.approx(1 / 10_001)
+    batch = next(data.batches(empty, 32, batch_size=8, seed=0))
+    assert batch.offsets.tolist() == [0] * 9
+
+
+# ------------------------------------------------------------------------------ slow: processes
+
+
+@pytest.mark.slow
+def test_20_kills_at_any_moment_lose_nothing(capsys):
+    """kill -9 at random moments and inside the writing of checkpoints; any number of workers."""
+    script = [sys.executable, str(ROOT / "tests/kill_runs.py"), "--kills", "20"]
+    script += ["--seed", str(int(time.time()))]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=1800)
+    with capsys.disabled():
+        print("\n" + done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal to the last bit" in done.stdout
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """Rank -> process id of its children that train."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # gone meanwhile
+            continue
+        rank = [v for v in environment if v.startswith(b"RANK=")]
+        if parent == torchrun and rank:
+            found[int(rank[0].split(b"=")[1])] = int(folder.name)
+    return found
+
+
+def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while not log.exists() or len(log.read_text().splitlines()) <= step:
+        assert process.poll() is None, "torchrun ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_ranks_that_are_stopped_and_killed_start_again_and_go_on(shapes_root, tmp_path):
+    """Under torchrun: one rank gets SIGTERM, and both stop at the same step with a checkpoint;
+    later the other gets SIGKILL. The run ends as one process with two micro-batches does."""
+    flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 12, "--save-every", 2)
+    flags += ["--lr", "0.01", "--width", "0.01", "--no-bf16"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [
+        "--max-restarts",
+        "2",
+        str(ROOT / "train.py"),
+        *flags,
+        "--out",
+        str(two),
+        "--resume",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "printed.txt", "w") as printed:
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed)
+        try:
+            wait_for_step(two / "log.jsonl", 2, process)
+            os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
+            wait_for_step(two / "log.jsonl", 7, process)
+            os.kill(ranks_of(process.pid)[0], signal.SIGKILL)
+            code = process.wait(timeout=600)
+        finally:
+            process.kill()
+    said = (tmp_path / "printed.txt").read_text()
+    assert code == 0, said[-3000:]
+    assert "--resume goes on" in said
+    train.main([*flags, "--accumulate", "2", "--out", str(one)])
+    logs = [log_of(folder) for folder in (one, two)]
+    assert [line["step"] for line in logs[1]] == list(range(12))
+    losses = [[line["loss"] for line in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    assert results[0].keys() == results[1].keys()
