@@ -4,6 +4,7 @@ The runs of the default tier use `resnet18` at a quarter of the width, whose ste
 fifth of the work of the root block.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -122,7 +123,8 @@ def test_the_linear_rule():
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        ([], {"recipe": "shapes", "data": "shapes", "backbone": "root-resnet18", "width": 0.25}),
+        ([], {"recipe": "shapes", "data": "shapes", "backbone": "root-resnet18",
+              "schedule": "linear"}),
         (["--voc-root", "x"], {"recipe": "voc07", "data": "voc", "backbone": "root-resnet34",
                                "width": 1.0, "priors": "voc", "difficult": True}),
         (["--coco-root", "x"], {"recipe": "coco", "data": "coco", "priors": "coco",
@@ -346,7 +348,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
             train.main(flags)
     if how == "SIGTERM":
         assert stopped.value.code == 128 + signal.SIGTERM
-    assert torch.load(tmp_path / "last.pt")["step"] == (3 if how == "SIGTERM" else 2)
+    saved = torch.load(tmp_path / "last.pt")["step"]
+    assert saved in ((3, 4) if how == "SIGTERM" else (2,))
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo')  # a line that the machine died in
     train.main(flags)
@@ -577,9 +580,11 @@ def start(folder: Path, *flags: object, threads: int = 1) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
     """Waits for a good end; what it printed."""
-    code = process.wait(timeout=seconds)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+    process.kill()  # if it still runs
     printed = (folder / "printed.txt").read_text()
-    assert code == 0, printed[-3000:]
+    assert process.wait() == 0, f"after at most {seconds} s:\n{printed[-3000:]}"
     return printed
 
 
