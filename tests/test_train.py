@@ -28,7 +28,7 @@ from scratchdet import Config, ScratchDet
 
 ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
-OVERFIT_STEPS = 300
+OVERFIT_STEPS = 250
 CONTROL_STEPS = 500
 
 
@@ -616,6 +616,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tm
 def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
     """The first 16 ids of VOC07 train, no augmentation: mAP >= .95 on themselves in 300 steps."""
     flags = ["--voc-root", voc_root, "--train-sets", "2007:train", "--overfit", 16]
+    flags += ["--width", 0.125, "--stem", 3, 1, 1]  # the network of the quick start
     flags += ["--out", tmp_path, "--iterations", OVERFIT_STEPS]
     begin = time.monotonic()
     finish(start(tmp_path, *flags, threads=2), tmp_path, 600)
