@@ -92,7 +92,7 @@ def run_detector(model, records, *, batch_size=8, workers=0, what="evaluating"):
         for batch in data.ordered_batches(
             records, model.config.size, batch_size=batch_size, workers=workers
         ):
-            batch = data.Batch(*(x.to(device, non_blocking=True) for x in batch))
+            batch = data.to_device(batch, device)
             loc, logits = model(data.prepare(batch, model.config))
             sizes = [records[i].size for i in batch.indices.tolist()]
             found += to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
@@ -357,7 +357,7 @@ def frames_per_second(model, records, *, batch_size):
     device = model.priors_cxcywh.device
     some = (records * batch_size)[:batch_size]
     batch = next(data.ordered_batches(some, model.config.size, batch_size=batch_size))
-    x = data.prepare(data.Batch(*(t.to(device) for t in batch)), model.config)
+    x = data.prepare(data.to_device(batch, device), model.config)
     rates = []
     for with_nms in (False, True):
         done, start = -2, None  # two rounds to warm up

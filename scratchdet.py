@@ -315,11 +315,11 @@ def channel_rounding(width: float):
 def run_extras(extras: nn.ModuleList, x: Tensor) -> list[Tensor]:
     """One map per block. Stops where a small test image leaves no 3x3 for an unpadded window."""
     maps = []
-    for i, block in enumerate(extras):
+    for block in extras:
         unpadded = any(m.padding == (0, 0) and m.kernel_size == (3, 3) for m in convs_of(block))
         if unpadded and min(x.shape[-2:]) < 3:
             break
-        x = extras[i](x)
+        x = block(x)
         maps.append(x)
     return maps
 
