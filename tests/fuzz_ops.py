@@ -109,6 +109,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernels", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only-final", action="store_true", help="with cuda: no rungs")
+    parser.add_argument("--full-blocks", action="store_true", help="with cuda: as on a GPU")
     parser.add_argument("--sanitize", choices=SANITIZERS, default="address")
     args = parser.parse_args()
     if "SCRATCHDET_FUZZ" not in os.environ:
@@ -123,6 +124,7 @@ def main():
 
     torch.set_num_threads(1)
     flags = ["-O1", "-g", *SANITIZERS[args.sanitize][1]]
+    flags += ["-DEMULATE_FULL_BLOCKS"] * args.full_blocks
     emulate = args.kernels == "cuda"
     sources = [name + (".cu" if emulate else ".cpp") for name in ops.NAMES]
     ops.build(f"fuzz_{args.kernels}", sources, flags, emulate=emulate)  # in the reference's place

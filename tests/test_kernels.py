@@ -1,8 +1,8 @@
 """The CUDA kernels and every rung of the ladder, emulated on CPU threads, against the reference.
 
 The .cu files are compiled unchanged by g++ (ops/emulate.h). The slow tier adds ThreadSanitizer,
-AddressSanitizer and UBSan, blocks as large as on a GPU, and nvcc. What only a GPU can show is
-marked `cuda`; test_ops.py runs there as well, on both devices.
+AddressSanitizer and UBSan, and blocks as large as on a GPU. What only a GPU can show is marked
+`cuda`; test_ops.py runs there as well, on both devices.
 """
 
 import inspect
@@ -295,7 +295,7 @@ def test_kernels_under_sanitizers(sanitize, cases):
 
 @pytest.mark.slow
 def test_fuzz_cpu_kernels():
-    status, output = run("tests/fuzz_ops.py", "--cases", 3000)
+    status, output = run("tests/fuzz_ops.py", "--cases", 1500)
     assert status == 0, output[-4000:]
     assert "sanitizer address silent" in output
 
@@ -303,11 +303,9 @@ def test_fuzz_cpu_kernels():
 # One barrier of each kernel: (file, how many barriers stand before it, case of the fuzz script)
 RACES = [
     ("match.cu", 1, 0),  # the tile of boxes is read before it is full
-    ("match.cu", 6, 0),  # the winner of a greedy round is read before all have voted
     ("sort.h", 1, 1),  # keys of other threads
     ("tile.h", 0, 1),  # boxes of the tile
     ("nms.cu", 1, 1),  # survivors of the chunk
-    ("postprocess.cu", 1, 35),  # logits of other rows
     ("postprocess.cu", 3, 35),  # the histogram
 ]
 
@@ -334,17 +332,12 @@ def test_thread_sanitizer_finds_a_missing_barrier(tmp_path, file, skipped, case)
 
 
 @pytest.mark.slow
-def test_blocks_of_the_gpu_size(rng):
+def test_blocks_of_the_gpu_size():
     """All above runs blocks of 64 threads, because CPU threads are slow; here, 256 and 1,024."""
-    flags = ["-O1", "-DEMULATE_FULL_BLOCKS"]
-    kernels = build_or_skip(lambda: ladder.load("emulate", flags, final=True, label="full"))
-    for _ in range(3):
-        for op, name in [("nms", n) for n in NMS] + [("match", n) for n in MATCH]:
-            case = test_ops.nms_case(rng, 200) if op == "nms" else test_ops.match_case(rng, 200, 9)
-            assert torch.equal(kernels[name](*case), getattr(reference, op)(*case)), name
-    case = *test_ops.post_case(rng, 1, 500, 4), 0.01, 400, 0.45, 200
-    mine, theirs = kernels["postprocess"](*case), reference.postprocess(*case)
-    assert test_ops.same_detections(mine, theirs) or test_ops.fragile(*case)
+    arguments = "--kernels", "cuda", "--sanitize", "none", "--only-final", "--full-blocks"
+    status, output = run("tests/fuzz_ops.py", *arguments, "--cases", 12)
+    assert status == 0, output[-4000:]
+    assert "12 cases of the cuda kernels equal the reference" in output
 
 
 @pytest.mark.slow
@@ -353,15 +346,6 @@ def test_one_image_with_5000_boxes(kernels, rng):
     priors, boxes = test_ops.random_boxes(400, rng), test_ops.random_boxes(5000, rng)
     case = priors, boxes, test_ops.spread([5000]), 0.5
     assert torch.equal(kernels["match"](*case), reference.match(*case))
-
-
-@pytest.mark.slow
-def test_nvcc_compiles_every_file():
-    if not shutil.which("nvcc"):
-        pytest.skip("no nvcc on this machine")
-    status, output = run("ops/compile_cuda.py")
-    assert status == 0, output
-    assert "no spills" in output
 
 
 # ------------------------------------------------------------------------------- on a GPU
