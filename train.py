@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 import data
 import eval as evaluation
@@ -352,6 +353,17 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     return args, checkpoint
 
 
+def fresh_store() -> dict:
+    """Arguments of init_process_group. torchrun on one node keeps its store when it restarts ranks,
+    with the addresses of the dead ones in it (pytorch issue 135712): use other keys each time."""
+    env = os.environ.get
+    if env("TORCHELASTIC_USE_AGENT_STORE") != "True" or env("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT')}", store)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
 def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """(rank, world, device); more than one process where torchrun started us."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -360,7 +372,7 @@ def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
     return rank, world, device
 
 
@@ -436,7 +448,7 @@ def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part
         batch = next(batches)
         images += batch.indices.tolist()
         mark("data wait")
-        batch = data.Batch(*(t.to(device, non_blocking=True) for t in batch))
+        batch = data.to_device(batch, device)
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
         mark("copy, colour, mean")
         ranks_wait = dist.is_initialized() and i < args.accumulate - 1  # gradients meet once a step
