@@ -2,8 +2,8 @@
 
     python experiments/loss_bench.py [--batch-size 32] [--rounds 9] [--threads 1]
 
-CPU seconds of this process; the two take turns, and each has its median over the rounds. Matching is
-done before, once, and both get it. The rules coincide (mining by the background's cross-entropy,
+CPU seconds of this process; the two take turns, and each has its median over the rounds. Matching
+is done before, once, and both get it. The rules coincide (mining by the background's cross-entropy,
 three negatives a positive of the same image, division by the positives of the batch), so both
 losses must be equal, or there is no number. Without torchvision only ours is timed.
 """
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> float | None:
         case["loc"].requires_grad_(keeps_graph)
         case["logits"].requires_grad_(keeps_graph)
         what = "as in training" if keeps_graph else "without a graph"
-        with mock.patch.object(ops, "match", lambda *_: matched):  # both are given the matching
+        with mock.patch.object(ops, "match", lambda *_: matched):  # noqa: PT008  both get it
 
             def ours():
                 return multibox_loss(**case)

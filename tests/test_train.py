@@ -593,22 +593,20 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tm
     """kill -9 anywhere: last.pt is whole or not there yet, and going on gives the same weights."""
     flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 40, "--save-every", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begin = time.monotonic()
     finish(start(whole, *flags, "--out", whole), whole, 300)
-    seconds = time.monotonic() - begin
-    rng, at = np.random.default_rng(), []
-    for _ in range(6):
+    rng, log, last, at = np.random.default_rng(), killed / "log.jsonl", killed / "last.pt", []
+    for kill in range(5):  # somewhere in each part of the run: loading, stepping, saving, logging
         process = start(killed, *flags, "--out", killed, "--resume")
-        last = killed / "last.pt"
-        moment = time.monotonic() + seconds * rng.uniform(0.5, 0.95)
-        while process.poll() is None and time.monotonic() < moment:
+        line = f'"step": {7 * kill + rng.integers(7)},'
+        while process.poll() is None and not (log.exists() and line in log.read_text()):
             time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # a step takes about .2 s
         process.kill()
         process.wait()
         at.append(torch.load(last)["step"] if last.exists() else 0)
     finish(start(killed, *flags, "--out", killed, "--resume"), killed, 300)
     with capsys.disabled():
-        print(f" [killed six times; checkpoints then at steps {at} of 40]", end="")
+        print(f" [killed five times, then with checkpoints of steps {at} of 40]", end="")
     assert_same_run(whole, killed)
 
 
