@@ -342,8 +342,8 @@ def test_blocks_of_the_gpu_size():
 
 @pytest.mark.slow
 def test_one_image_with_5000_boxes(kernels, rng):
-    """79 tiles of boxes, and more boxes than priors: each prior is taken."""
-    priors, boxes = test_ops.random_boxes(400, rng), test_ops.random_boxes(5000, rng)
+    """79 tiles of boxes, and more boxes than priors: all but 20 look again in vain."""
+    priors, boxes = test_ops.random_boxes(20, rng), test_ops.random_boxes(5000, rng)
     case = priors, boxes, test_ops.spread([5000]), 0.5
     assert torch.equal(kernels["match"](*case), reference.match(*case))
 
