@@ -29,7 +29,7 @@ from scratchdet import Config, ScratchDet
 ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
 OVERFIT_STEPS = 250
-CONTROL_STEPS = 500
+CONTROL_STEPS = 450
 
 
 @pytest.fixture(scope="session")
@@ -591,11 +591,11 @@ def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tmp_path, capsys):
     """kill -9 anywhere: last.pt is whole or not there yet, and going on gives the same weights."""
-    flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 40, "--save-every", 3)
+    flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 30, "--save-every", 3)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, *flags, "--out", whole), whole, 300)
     rng, log, last, at = np.random.default_rng(), killed / "log.jsonl", killed / "last.pt", []
-    for kill in range(5):  # somewhere in each part of the run: loading, stepping, saving, logging
+    for kill in range(4):  # somewhere in each part of the run: loading, stepping, saving, logging
         process = start(killed, *flags, "--out", killed, "--resume")
         line = f'"step": {7 * kill + rng.integers(7)},'
         while process.poll() is None and not (log.exists() and line in log.read_text()):
@@ -606,7 +606,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tm
         at.append(torch.load(last)["step"] if last.exists() else 0)
     finish(start(killed, *flags, "--out", killed, "--resume"), killed, 300)
     with capsys.disabled():
-        print(f" [killed five times, then with checkpoints of steps {at} of 40]", end="")
+        print(f" [killed four times, then with checkpoints of steps {at} of 30]", end="")
     assert_same_run(whole, killed)
 
 
@@ -670,4 +670,4 @@ def test_controls_on_shapes(tmp_path, capsys):
         print(" [mAP:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), end="]")
     assert found["untrained"] < 0.01
     assert found["shuffled"] < 0.30
-    assert found["true"] > found["shuffled"] + 0.05
+    assert found["true"] > found["shuffled"] + 0.10  # it did learn, from as many images
