@@ -60,7 +60,7 @@ RECIPES = {
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
     "budget": SHORT | dict(iterations=6_000, augment="ssd"),
-    "shapes": SHORT | dict(iterations=1_050, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
+    "shapes": SHORT | dict(iterations=1_150, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1)),  # the quick start
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
