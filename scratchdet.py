@@ -90,7 +90,7 @@ PRIORS = {
         (378, 460, None, (2,)),
         (460, 542, None, (2,)),
     ),
-    "voc321": (  # of 321x321 images: ssd321. The ratios follow the DSSD paper; its code was not seen
+    "voc321": (  # of 321x321 images. The ratios are the DSSD paper's; its code was not seen
         (32, 64, 8, (1.6, 2, 3)),
         (64, 121, 16, (1.6, 2, 3)),
         (121, 179, 32, (1.6, 2, 3)),
