@@ -285,7 +285,7 @@ def test_emulator_primitives(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 40), ("address", 200)])
+@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 20), ("address", 100)])
 def test_kernels_under_sanitizers(sanitize, cases):
     arguments = "--kernels", "cuda", "--sanitize", sanitize, "--cases", cases
     status, output = run("tests/fuzz_ops.py", *arguments)
@@ -295,16 +295,14 @@ def test_kernels_under_sanitizers(sanitize, cases):
 
 @pytest.mark.slow
 def test_fuzz_cpu_kernels():
-    status, output = run("tests/fuzz_ops.py", "--cases", 1500)
+    status, output = run("tests/fuzz_ops.py", "--cases", 1000)
     assert status == 0, output[-4000:]
     assert "sanitizer address silent" in output
 
 
-# One barrier of each kernel: (file, how many barriers stand before it, case of the fuzz script)
+# One barrier of each op: (file, how many barriers stand before it, case of the fuzz script)
 RACES = [
     ("match.cu", 1, 0),  # the tile of boxes is read before it is full
-    ("sort.h", 1, 1),  # keys of other threads
-    ("tile.h", 0, 1),  # boxes of the tile
     ("nms.cu", 1, 1),  # survivors of the chunk
     ("postprocess.cu", 3, 35),  # the histogram
 ]
