@@ -639,7 +639,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--sets", nargs="+", help="VOC sets such as 2007:trainval; the default is all there are")
     add("--classes", help="file with one class name a line, or `auto`: from the annotations")
     add("--coco-root", help="folder with annotations/ and train2017/, val2017/")
-    add("--shapes-root", default="build/shapes", help="where the shapes are drawn, once")
+    add("--shapes-root", default="runs/shapes-data", help="where the shapes are drawn, once")
     add("--check", action="store_true", help="read and decode everything, list what is wrong")
     add("--bench", action="store_true", help="measure images/s of one core")
     add("--out", default="sheet.png", help="the contact sheet")
