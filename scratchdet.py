@@ -133,6 +133,8 @@ class Config:
             raise ValueError(f"width = {self.width}: expected a number in (0, 4]; 1 is the paper's")
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes = {self.classes}: expected one or more different names")
+        if len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(f"std = {self.std}: expected 3 numbers above 0, of red, green, blue")
         if self.stem is not None and (len(self.stem) != 3 or self.stem[0] % 2 == 0):
             raise ValueError(f"stem = {self.stem}: expected (odd kernel, convolutions, stride)")
 
@@ -651,6 +653,10 @@ def add_config_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--extras", default=default.extras, choices=["residual", "conv"])
     group.add_argument("--priors", default=default.priors, choices=list(PRIORS))
     group.add_argument("--size", type=int, default=default.size, help="side of the input in pixels")
+    group.add_argument(
+        "--std", type=float, nargs=3, default=default.std, metavar=("R", "G", "B"),
+        help="of the input, which is divided by it; matters only to a network without BN",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -659,7 +665,7 @@ if __name__ == "__main__":
     )
     add_config_flags(parser)
     args = parser.parse_args()
-    flags = vars(args) | {"stem": args.stem and tuple(args.stem)}
+    flags = vars(args) | {"stem": args.stem and tuple(args.stem), "std": tuple(args.std)}
     try:
         print(summary(ScratchDet(Config(**flags))))
     except ValueError as e:

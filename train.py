@@ -549,6 +549,7 @@ def main(argv: list[str] | None = None) -> dict:
     config = Config(
         backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
         stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors, size=args.size,
+        std=tuple(args.std),
     )  # fmt: skip
     if checkpoint:  # its input may be --pretrained's, its priors --init-from's
         model = ScratchDet(Config.from_dict(checkpoint["config"]))

@@ -639,6 +639,7 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
+        ({"std": (58.0, 0.0, 58.0)}, "3 numbers above 0"),
         ({"backbone": "resnet99"}, "backbone = 'resnet99': expected one of .*root-resnet34"),
         ({"bn": "some"}, "bn = 'some'"),
         ({"extras": "none"}, "extras = 'none'"),

@@ -31,7 +31,9 @@ def args(tmp_path):
 def finish(folder, mean_ap, *, losses=(3.0, 2.0), iterations=2):
     """A run folder as train.py leaves it."""
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps({"mAP": mean_ap, "mAP_11point": mean_ap}))
+    (folder / "results.json").write_text(json.dumps({
+        "mAP": mean_ap, "mAP_11point": mean_ap, "by_size": {"small": {"mAP_11point": mean_ap / 2}}
+    }))  # fmt: skip
     rows = [{"step": i, "loss": x, "images_per_s": 7.0} for i, x in enumerate(losses)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"commit": "abc", "torch": "2.0", "machine": "one core"}
@@ -81,7 +83,7 @@ def test_every_command_is_one_that_the_programs_take(scale, args):
             stem = flags.stem and tuple(flags.stem)
             Config(flags.backbone, flags.bn, flags.width, stem, flags.extras, priors=flags.priors)
             if scale == "laptop":
-                assert flags.width == 0.25, (name, row.key)
+                assert flags.width <= 0.25, (name, row.key)
             else:
                 assert flags.width == 1
                 assert flags.batch_size == 128
@@ -202,8 +204,10 @@ def test_the_page_has_the_papers_numbers_ours_and_the_commands(args, tmp_path):
             finish(args.runs / "laptop" / key / f"seed{seed}", number)
     args.voc_root = "/private/VOCdevkit"
     text = paper.markdown("table1", "laptop", args)
-    assert "| BN all, learning rate 0.05 | 78.7 | 21.0 [20.0, 22.0] | 2 |" in text
-    assert "| BN none, learning rate 0.05 | NaN | 10.5 [10.0, 11.0] | 2 |" in text
+    assert (
+        "| BN all, learning rate 0.05 | 78.7 | 21.0 [20.0, 22.0] | 10.5 [10.0, 11.0] | 2 |" in text
+    )
+    assert "| BN none, learning rate 0.05 | NaN | 10.5 [10.0, 11.0] | 5.2 [5.0, 5.5] | 2 |" in text
     assert "(`bn-all-0.05` against `bn-none-0.05`): yes, by 10.5" in text
     assert "commit abc; torch 2.0; on one core; training images seen a run 32" in text
     assert "measured on 2007:val" in text
@@ -291,7 +295,7 @@ def test_minutes_become_the_same_number_of_steps_for_all(args, fake):
 def test_what_is_done_is_not_run_again(args, fake):
     assert fake("bn-none-0.05", "bn-all-0.05", images=48) == (0, True)  # one diverges: a result
     place = args.runs / "laptop"
-    assert json.loads((place / "bn-all-0.01.plan.json").read_text()) == {"iterations": 3}
+    assert json.loads((place / "bn-all-0.01.plan.json").read_text()) == {"iterations": 6}
     assert fake("bn-none-0.05", "bn-all-0.05", "bn-all-0.001", images=48) == (0, True)
     for key in ("bn-none-0.05", "bn-all-0.05", "bn-all-0.001"):
         assert (place / key / "seed0" / "out.txt").read_text().count("$ python") == 1
@@ -305,11 +309,11 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(args, fake, capsys):
 
 def test_an_interrupted_table_goes_on_where_it_was(args, fake):
     keys, place = ("bn-all-0.001", "bn-all-0.05"), args.runs / "laptop"
-    failed, reached = fake(*keys, images=640, pause=0.1, stop_after=1 / 60)
+    failed, reached = fake(*keys, images=320, pause=0.1, stop_after=1 / 60)
     assert (failed, reached) == (0, False)
     assert not (place / "bn-all-0.05").exists()  # never started
     assert not (place / "bn-all-0.001" / "seed0" / "results.json").exists()
-    assert fake(*keys, images=640, stop_after=None) == (0, True)
+    assert fake(*keys, images=320, stop_after=None) == (0, True)
     for key in keys:
         assert len((place / key / "seed0" / "log.jsonl").read_text().splitlines()) == 40
     assert len((place / "bn-all-0.001" / "seed0" / "cost.jsonl").read_text().splitlines()) == 2
