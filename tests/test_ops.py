@@ -152,6 +152,13 @@ def test_nms_reference_is_brute_force(rng):
         assert torch.equal(reference.nms(*case), plain_nms(*case)), case
 
 
+def test_nms_reference_keeps_the_first_of_many_equal_boxes():
+    """torch sorts more than 16 equal scores in any order, unless told to keep theirs."""
+    boxes = torch.tensor([[0.0, 0, 1, 1], [2, 0, 3, 1], [4, 0, 5, 1]]).repeat(30, 1)
+    keep = reference.nms(boxes, torch.full((90,), 0.5), torch.zeros(90, dtype=torch.int64), 0.5)
+    assert torch.equal(keep, torch.arange(90) < 3)
+
+
 @pytest.mark.parametrize("cases", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_nms_random_cases(device, rng, cases):
     for _ in range(cases):
