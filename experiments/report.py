@@ -77,7 +77,7 @@ def series(run: Run) -> dict[str, list[tuple[float, float]]]:
 
     def smooth(values):
         """The moving average; a value that is not finite is left out, as are those it spoils."""
-        usable = [(s, v) for s, v in zip(steps[-len(values) :], values, strict=True)
+        usable = [(s, v) for s, v in zip(steps[len(steps) - len(values) :], values, strict=True)
                   if math.isfinite(v)]  # fmt: skip
         means = figures.moving_average([v for _, v in usable], window)
         return [(s, m) for (s, _), m in zip(usable, means, strict=True)]

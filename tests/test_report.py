@@ -129,6 +129,12 @@ def test_fluctuation_is_the_change_of_the_norm(tmp_path):
     assert values[:7] == (1, 1, 1, 1, 1, 1, 6)
 
 
+def test_a_run_of_one_step_has_a_page(tmp_path):
+    run = make_run(tmp_path / "short", steps=1)
+    report.write([run], tmp_path / "r.html")
+    assert report.series(report.read_run(run))["training loss"] == [(1, 10.0)]
+
+
 def test_axis_marks_are_round():
     assert report.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert report.ticks(23) == [0, 5, 10, 15, 20, 25]
