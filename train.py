@@ -21,7 +21,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -138,12 +137,9 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
         recipe = "overfit"
     elif not known.recipe and known.minutes and known.data != "shapes":
         recipe = "budget"
-    base = {
-        "data": known.data,
-        "recipe": recipe,
-        "priors": "coco" if known.data == "coco" else "voc",
-    }
-    base |= {"difficult": known.data != "coco", "out": f"runs/{recipe}"}
+    coco = known.data == "coco"
+    base = {"data": known.data, "recipe": recipe, "out": f"runs/{recipe}"}
+    base |= {"priors": "coco" if coco else "voc", "difficult": not coco}
     if known.init_from:
         defaults = transfer.network_flags(known.init_from) | defaults
     parser.set_defaults(**(base | RECIPES[recipe] | {"lr": None, "iterations": None} | defaults))
@@ -196,6 +192,13 @@ def average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> N
 
 
 # ------------------------------------------------------------------------------ checkpoints
+
+
+def checkpoint_of(model: ScratchDet, optimizer: torch.optim.Optimizer, args) -> dict:
+    """The run as plain data and tensors, but for how far it is."""
+    about = {"config": asdict(model.config), "args": vars(args), "commit": commit()}
+    about |= {"torch": str(torch.__version__)}
+    return about | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -285,17 +288,6 @@ def memory_needed(model: ScratchDet, images: int, bf16: bool) -> int:
     activations = (total - weights) / 2 * images * (0.5 if bf16 else 1) + 8 * size * size * images
     del outputs
     return int(1.2 * activations) + 4 * weights
-
-
-def machine(device: torch.device) -> str:
-    """What a number was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(s.split(":")[1].strip() for s in lines if s.startswith("model name"))
-        return f"{name}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
@@ -435,6 +427,52 @@ def check_space(model: ScratchDet, args: argparse.Namespace) -> float:
     return 3 * size / 1e9
 
 
+def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, device) -> ScratchDet:
+    """The network: of the checkpoint, or from a file (--pretrained, --init-from), or random."""
+    if checkpoint:  # its input may be --pretrained's, its priors --init-from's
+        saved = checkpoint["config"]
+        if tuple(saved["classes"]) != classes:
+            raise ValueError(
+                f"{args.out}/last.pt detects {saved['classes']}, the data has {classes}. Resume "
+                "with the data it was started with, or choose another --out"
+            )
+        model = ScratchDet(Config.from_dict(saved))
+        model.load_state_dict(checkpoint["model"])
+    else:
+        config = Config(
+            backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
+            stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors,
+            size=args.size, std=tuple(args.std),
+        )  # fmt: skip
+        model = transfer.start(config, args.pretrained, args.init_from)
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def make_state(model: ScratchDet, args, checkpoint: dict | None) -> tuple:
+    """(optimizer, averaged weights or None, step, steps skipped): new, or the checkpoint's."""
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    ema = deepcopy(model.state_dict()) if args.ema else None
+    if not checkpoint:
+        return optimizer, ema, 0, 0
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for key in ema or ():
+        ema[key].copy_(checkpoint["ema"][key])  # which was read to the CPU
+    return optimizer, ema, checkpoint["step"], checkpoint["skipped"]
+
+
+def wrap(model: ScratchDet, args, world: int) -> nn.Module:
+    """What a step calls: the model, as it is, compiled, or shared between ranks."""
+    if args.sync_bn:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
+    network = torch.compile(model) if args.compile else model
+    return nn.parallel.DistributedDataParallel(network) if world > 1 else network
+
+
+# ------------------------------------------------------------------------------ a step
+
+
 def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part: None) -> tuple:
     """The gradients of one step -> (log (5,), rows of `records` used).
 
@@ -485,12 +523,13 @@ def update(optimizer: torch.optim.Optimizer, model: ScratchDet, ema: dict | None
 
 
 def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
-    """Measured on real steps. Afterwards the `states` (modules, optimizer) are as they were."""
+    """Of `one_step() -> log`, called again and again. Afterwards the `states` (modules, optimizer)
+    are as they were."""
     before = [deepcopy(x.state_dict()) for x in states]
     times = []
     while len(times) < 3 or sum(times) < at_least:
         begin = time.perf_counter()
-        one_step()
+        one_step().tolist()  # waits for the device
         took = [time.perf_counter() - begin]
         if dist.is_initialized():  # all ranks must do, and answer, the same
             dist.broadcast_object_list(took, 0)
@@ -498,6 +537,51 @@ def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
     for x, state in zip(states, before, strict=True):
         x.load_state_dict(state)
     return sum(times[1:]) / (len(times) - 1)  # the first one warms up
+
+
+# ------------------------------------------------------------------------------ what a run says
+
+
+def plan(args, images: int, step_seconds: float | None, gib: float, gb: float, device) -> str:
+    """What the run will do and, where a step has been timed, what that takes."""
+    text = (
+        f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
+        f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
+        f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
+    )
+    if step_seconds:
+        minutes = args.iterations * step_seconds / 60
+        takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+        text += f"\nthis will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk"
+        if minutes > 7 * 24 * 60:
+            text += (
+                "\nthat is more than a week: --minutes 60 trains as well as an hour allows, here"
+            )
+    return text
+
+
+def open_log(out: Path, step: int, args, config: Config, where: str, world: int):
+    """Writes run.json; opens log.jsonl, without its lines of `step` and later."""
+    cut_log(out / "log.jsonl", step)
+    about = {"args": vars(args), "config": asdict(config), "commit": commit(), "machine": where}
+    about |= {"torch": str(torch.__version__), "processes": world}
+    (out / "run.json").write_text(json.dumps(about, indent=1))
+    return open(out / "log.jsonl", "a", buffering=1)
+
+
+def write_log(log_file, pending: list, rows: list, images_per_s: float, args) -> tuple[dict, bool]:
+    """A line for every step of `pending`, (step, names of its images, ...), from the values of its
+    log (5,) -> the last line, and whether it is finite."""
+    for (step, names, _), (loc, conf, positives, norm, _) in zip(pending, rows, strict=True):
+        line = {"step": step, "loss": loc + conf, "loc": loc, "conf": conf}
+        line |= {"positives": positives, "grad_norm": norm, "lr": learning_rate(step, args)}
+        line |= {"images_per_s": round(images_per_s, 2)}
+        finite = all(map(math.isfinite, line.values()))
+        if not finite:
+            report_nonfinite(line, names, args)
+        if log_file:
+            log_file.write(json.dumps(line) + "\n")
+    return line, finite
 
 
 def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) -> None:
@@ -521,18 +605,25 @@ def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) ->
     print(f"\nskipped, not finite: {what}")
 
 
-def show_progress(line: dict, total: int, seconds_left: float, end: str) -> None:
-    """The live line."""
-    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
+def show_progress(line: dict, seconds_left: float, total: int, shown: float) -> float:
+    """The live line: each second on a terminal, else every 20 s. -> when it was last shown."""
+    now, live, last = time.perf_counter(), sys.stdout.isatty(), line["step"] + 1 == total
+    if not last and now - shown <= (1 if live else 20):
+        return shown
     days = f"{int(seconds_left // 86400)}d " if seconds_left >= 86400 else ""
+    left = time.strftime("%H:%M:%S", time.gmtime(seconds_left % 86400))
     print(
         f"step {line['step'] + 1}/{total}  loss {line['loss']:.3f} (loc {line['loc']:.3f} conf "
         f"{line['conf']:.3f})  {line['positives']:.1f} positives/image  gradient "
         f"{line['grad_norm']:.2f}  lr {line['lr']:.2g}  {line['images_per_s']:.1f} images/s  ETA "
         f"{days}{left}",
-        end=end,
+        end="\r" if live and not last else "\n",
         flush=True,
     )
+    return now
+
+
+# ------------------------------------------------------------------------------ the run
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -544,145 +635,75 @@ def main(argv: list[str] | None = None) -> dict:
     keep_large_tensors()
     torch.manual_seed(args.seed)
 
-    # The data, the network, the optimizer.
     train, test, classes = read_data(args)
-    config = Config(
-        backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
-        stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors, size=args.size,
-        std=tuple(args.std),
-    )  # fmt: skip
-    if checkpoint:  # its input may be --pretrained's, its priors --init-from's
-        model = ScratchDet(Config.from_dict(checkpoint["config"]))
-    else:
-        model = transfer.start(config, args.pretrained, args.init_from)
-    config, model = model.config, model.to(device)
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = make_model(args, classes, checkpoint, device)
     args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
     gib, gb = check_memory(model, micro, args), check_space(model, args)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
-    ema, first, skipped = deepcopy(model.state_dict()) if args.ema else None, 0, 0
-    if checkpoint:
-        if tuple(checkpoint["config"]["classes"]) != classes:
-            raise ValueError(
-                f"{out}/last.pt detects {checkpoint['config']['classes']}, the data has {classes}. "
-                "Resume with the data it was started with, or choose another --out"
-            )
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        ema, first, skipped = (checkpoint[key] for key in ("ema", "step", "skipped"))
-    if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # keeps the parameters
-    network = torch.compile(model) if args.compile else model
-    if world > 1:
-        network = nn.parallel.DistributedDataParallel(network)
-    model.train()
+    optimizer, ema, first, skipped = make_state(model, args, checkpoint)
+    network = wrap(model.train(), args, world)
 
     def stream(step: int, images: int):
         return data.batches(
-            train, config.size, batch_size=images, seed=args.seed, augment=args.augment,
+            train, model.config.size, batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
+    def trial(batches, mark=lambda part: None) -> Tensor:
+        """A step that is only measured."""
+        log, _ = forward_backward(network, model, batches, args, mark=mark)
+        update(optimizer, model, None, 0, args)
+        mark("optimizer")
+        return log
+
+    where = evaluation.machine(device)
+    say(f"commit {commit()}, torch {torch.__version__}, {where}, {world} process(es)")
     if args.bench:
-        batches = stream(0, micro)
-
-        def timed_step(mark):
-            forward_backward(network, model, batches, args, mark=mark)
-            update(optimizer, model, None, 0, args)
-            mark("optimizer")
-
+        batches, images = stream(0, micro), micro * args.accumulate
         parts = f"{world} process(es) x {args.accumulate} x {micro} images"
-        say(f"commit {commit()}, torch {torch.__version__}, {machine(device)}")
         say(f"{args.backbone}, width {args.width:g}: a step of {parts}, {args.workers} workers")
-        return step_bench.report(timed_step, model, micro * args.accumulate, args.bf16, say)
-    if lead:
-        (out / "detections").mkdir(parents=True, exist_ok=True)  # fails before the first step
+        return step_bench.report(lambda mark: trial(batches, mark), model, images, args.bf16, say)
 
     # The plan, said before the first step.
-    say(f"commit {commit()}, torch {torch.__version__}, {machine(device)}, {world} process(es)")
+    if lead:
+        (out / "detections").mkdir(parents=True, exist_ok=True)  # fails now, if it does
     say(ops.describe())
     say(summary(model))
     say(f"{len(train):,} training images, {len(test):,} to evaluate, {len(classes)} classes")
+    step_seconds = None
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.
         probe = min(micro, 8) if device.type == "cpu" else micro
-        batches = stream(0, probe)
-
-        def one_step():
-            log, _ = forward_backward(network, model, batches, args)
-            update(optimizer, model, None, 0, args)
-            log.tolist()
-
-        step_seconds = seconds_a_step(one_step, (model, optimizer), 3 * (args.minutes or 0))
-        step_seconds *= micro / probe
+        batches, at_least = stream(0, probe), 3 * (args.minutes or 0)
+        seconds = seconds_a_step(lambda: trial(batches), (model, optimizer), at_least)
+        step_seconds = seconds * micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / step_seconds))
-    say(
-        f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
-        f"({args.iterations * args.batch_size / len(train):.1f} epochs), learning rate {args.lr:g} "
-        f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
-    )
-    if not checkpoint:
-        minutes = args.iterations * step_seconds / 60
-        takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
-        say(f"this will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk")
-        if minutes > 7 * 24 * 60:
-            say("that is more than a week: --minutes 60 trains as well as an hour allows, here")
-    log_file = None
-    if lead:
-        cut_log(out / "log.jsonl", first)
-        about = {"args": vars(args), "config": asdict(config), "commit": commit()}
-        about |= {"machine": machine(device), "torch": str(torch.__version__), "processes": world}
-        (out / "run.json").write_text(json.dumps(about, indent=1))
-        log_file = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115
+    say(plan(args, len(train), step_seconds, gib, gb, device))
+    log_file = open_log(out, first, args, model.config, where, world) if lead else None
 
-    def snapshot(step: int) -> None:
-        """The checkpoint of `step`, and what it detects beside the ground truth; by rank 0."""
-        if lead:
-            state = {"config": asdict(config), "args": vars(args), "step": step, "ema": ema}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"skipped": skipped, "commit": commit(), "torch": str(torch.__version__)}
-            save(out / "last.pt", state)
-            model.eval()
-            evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
-            model.train()
-
-    # The loop. Log rows wait on the device, `every` steps, so that nothing else waits for it.
-    stop, handlers = [], {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
+    # The loop. Logs wait on the device, `every` steps, so that nothing else waits for it.
+    stop: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(s, lambda number, _: stop.append(number)) for s in signals]
     every = 1 if device.type == "cpu" or args.skip_nonfinite else 20
     batches, pending, shown, begin = stream(first, micro), [], 0.0, time.perf_counter()
     for step in range(first, args.iterations):
-        if args.skip_nonfinite:
-            statistics = [b.clone() for b in model.buffers()]
+        statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
         log, images = forward_backward(network, model, batches, args, stop=stop)
-        pending.append((step, images, log))
-        last, finite, stopping = step + 1 == args.iterations, True, False
+        pending.append((step, [train[i].name for i in images], log))
+        last, finite = step + 1 == args.iterations, True
         saving = last or (step + 1) % args.save_every == 0
         # Several ranks stop at the same step: at a flush, once `stop` has gone through the log.
-        if len(pending) == every or saving or (stop and world == 1):
+        stopping = world == 1 and bool(stop)
+        if len(pending) == every or saving or stopping:
             rows = torch.stack([log for *_, log in pending]).tolist()  # the only sync of the loop
             rate = args.batch_size * (step + 1 - first) / (time.perf_counter() - begin)
-            for (at, images, _), row in zip(pending, rows, strict=True):
-                line = {"step": at, "loss": row[0] + row[1], "loc": row[0], "conf": row[1]}
-                line |= {"positives": row[2], "grad_norm": row[3], "lr": learning_rate(at, args)}
-                line |= {"images_per_s": round(rate, 2)}
-                stopping |= row[4] > 0 or (bool(stop) and world == 1)
-                finite = all(map(math.isfinite, row))
-                if not finite:
-                    report_nonfinite(line, [train[i].name for i in images], args)
-                if lead:
-                    log_file.write(json.dumps(line) + "\n")
-            pending = []
-            seconds_left = (args.iterations - step - 1) * args.batch_size / rate
-            if lead and (last or time.perf_counter() - shown > (1 if sys.stdout.isatty() else 20)):
-                shown = time.perf_counter()
-                end = "\r" if sys.stdout.isatty() and not last else "\n"
-                show_progress(line, args.iterations, seconds_left, end)
+            line, finite = write_log(log_file, pending, rows, rate, args)
+            pending, stopping = [], stopping or any(row[4] > 0 for row in rows)
+            if lead:
+                seconds_left = (args.iterations - step - 1) * args.batch_size / rate
+                shown = show_progress(line, seconds_left, args.iterations, shown)
         if finite:
             update(optimizer, model, ema, step, args)
         else:
@@ -690,23 +711,22 @@ def main(argv: list[str] | None = None) -> dict:
             for buffer, before in zip(model.buffers(), statistics, strict=True):
                 buffer.copy_(before)  # BatchNorm's running statistics saw that batch
             skipped += 1
-        if saving:
-            snapshot(step + 1)
+        if lead and (saving or stopping):
+            done = {"step": step + 1, "ema": ema, "skipped": skipped}
+            save(out / "last.pt", done | checkpoint_of(model, optimizer, args))
+            evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
         if stopping and not last:
-            snapshot(step + 1)
             say(f"\nstopped after {step + 1} steps; the same command with --resume goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    for number, handler in handlers.items():  # all is saved: from here on Ctrl-C just ends
-        signal.signal(number, handler)
+    for number, handler in zip(signals, handlers, strict=True):
+        signal.signal(number, handler)  # all is saved: from here on Ctrl-C just ends
 
     # The result, with the averaged weights where there are any.
     if ema:
         model.load_state_dict(ema)
-    metric = "coco" if args.data == "coco" else "voc"
-    if metric == "voc" and all(name.startswith("2007") for name in args.eval_sets or ["2007"]):
-        metric = "voc07"
-    workers = {"workers": args.workers, "rank": rank, "world": world}
-    results = evaluation.evaluate(model.eval(), test, metric=metric, **workers)
+    metric = evaluation.metric_of(args.data, args.eval_sets or ["2007:test"])
+    ranks = {"workers": args.workers, "rank": rank, "world": world}
+    results = evaluation.evaluate(model.eval(), test, metric=metric, **ranks)
     if lead:
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(evaluation.report(results))
@@ -720,4 +740,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -73,6 +73,10 @@ def curves(panels, width=330, height=240):
                             for x, y in some)  # fmt: skip
             parts.append(f'<polyline points="{path}" stroke="{colour[name]}" fill="none" '
                          f'stroke-width="1.5" clip-path="url(#frame{i})"/>')  # fmt: skip
+            if len(line) < 20:  # few enough to be told apart
+                for point in dict.fromkeys(path.split()):
+                    x, y = point.split(",")
+                    parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour[name]}"/>')
     for i, name in enumerate(names):
         y = height + 4 + 18 * i
         parts.append(f'<path d="M46 {y}h24" stroke="{colour[name]}" stroke-width="3"/>')

@@ -2,6 +2,7 @@
 
     python experiments/report.py RUN [RUN ...] --out report.html       several runs: overlaid
     python experiments/report.py --figures [RUN ...]                    docs/figures/*.svg
+    python experiments/report.py --budget budget.svg RUN [RUN ...]      mAP against their cost
 
 The page is one file without a script: it opens from the disk, offline, for ever. Curves, colours
 for light and dark, and the switches that hide a run are SVG and CSS. train.py calls `write` at its
@@ -420,9 +421,27 @@ def write_figures(folder: Path, runs: list[str]) -> None:
         ]
     (folder / "bn.svg").write_text(figures.gradients(logs), encoding="utf-8")
     print(folder / "bn.svg")
-    if read[0].sheet:
+    if read[0].sheet and read[0].about["args"]["data"] == "shapes":  # no photograph of others
         (folder / "detections.jpg").write_bytes(shrunk(read[0].sheet, 900))
         print(folder / "detections.jpg")
+
+
+def write_budget(path: Path, runs: list[str]) -> None:
+    """mAP against what it cost, one point for each finished run, as SVG."""
+    panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
+    for run in map(read_run, runs):
+        if not run.results or "cpu_minutes" not in run.results:
+            raise ValueError(f"{run.name}: results.json has no cpu_minutes; the run has not ended")
+        args = run.about["args"]
+        costs = run.results["cpu_minutes"], args["iterations"] * args["batch_size"] / 1000
+        for points, cost in zip(panels.values(), costs, strict=True):
+            for key, name in (("mAP_11point", "11-point"), ("mAP_area", "area")):
+                points.setdefault(name, []).append((cost, run.results[key]))
+    for points in panels.values():
+        for line in points.values():
+            line.sort()
+    path.write_text(figures.curves(panels), encoding="utf-8")
+    print(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -430,7 +449,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--out", help="the page; default report.html. With --figures the folder")
     parser.add_argument("--figures", action="store_true", help="draw docs/figures instead")
+    parser.add_argument("--budget", metavar="SVG", help="draw mAP against cost, a point a run")
     args = parser.parse_args(argv)
+    if args.budget:
+        return write_budget(Path(args.budget), args.runs)
     if args.figures:
         return write_figures(Path(args.out or ROOT / "docs" / "figures"), args.runs)
     if not args.runs:

@@ -31,11 +31,13 @@ def make_run(folder: Path, *, steps=60, loss=lambda i: 10 / (i + 1), ended=True,
         for i in range(steps)
     ]  # fmt: skip
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    about = {"args": {"lr": 0.05, "bn": "all", "backbone": "root-resnet18"} | args, "config": {},
+    about = {"args": {"lr": 0.05, "bn": "all", "backbone": "root-resnet18", "data": "shapes",
+                      "iterations": steps, "batch_size": 50} | args, "config": {},
              "commit": "abc1234", "machine": "a <machine>", "torch": "2.13.0"}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about))
     if ended:
-        result = {"mAP": 0.4321, "metric": "voc07", "mAP_area": 0.41, "mAP_11point": 0.4321}
+        result = {"mAP": 0.4321, "metric": "voc07", "mAP_area": 0.41, "mAP_11point": 0.4321,
+                  "cpu_minutes": steps / 10}  # fmt: skip
         result["per_class"] = {
             name: {"ap_11point": ap, "ap_area": ap}
             for name, ap in zip(CLASSES, (0.625, None), strict=True)
@@ -213,3 +215,15 @@ def test_gradients_figure_names_its_runs(tmp_path):
     run = report.read_run(make_run(tmp_path / "run"))
     svg = figures.gradients({"BN <all>": run.log})
     assert "BN &lt;all&gt;" in svg
+
+
+def test_budget_figure_has_a_point_for_each_run(tmp_path, capsys):
+    runs = [str(make_run(tmp_path / f"run{steps}", steps=steps)) for steps in (60, 20)]
+    report.main(["--budget", str(tmp_path / "budget.svg"), *runs])
+    svg = (tmp_path / "budget.svg").read_text()
+    assert svg.count("<circle") == 2 * 2 * 2  # panels, 11-point and area, runs
+    assert ">6</text>" in svg  # CPU minutes
+    assert ">3</text>" in svg  # thousands of images
+    (tmp_path / "run20" / "results.json").unlink()
+    with pytest.raises(ValueError, match="run20: .* has not ended"):
+        report.main(["--budget", str(tmp_path / "budget.svg"), *runs])
