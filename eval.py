@@ -123,6 +123,13 @@ def evaluate(model, records, *, metric="voc", batch_size=8, workers=0, rank=0, w
     return summarise(records, found, model.config.classes, metric)
 
 
+def metric_of(kind: str, sets: list[str]) -> str:
+    """COCO's AP for COCO, the 11-point one for VOC2007, else the area: a name for `summarise`."""
+    if kind == "coco":
+        return "coco"
+    return "voc07" if all(name.startswith("2007:") for name in sets) else "voc"
+
+
 # ------------------------------------------------------------------------------ multi-scale testing
 
 # Our recipe, for the paper's "multi-scale testing" is not described: RefineDet320's (same authors),
@@ -341,14 +348,18 @@ def export(model, path):
     torch.export.save(program, path, extra_files={"classes.json": classes})
 
 
-def hardware(device):
-    """What the numbers were measured on, in words."""
+def machine(device: torch.device | str) -> str:
+    """What a number was measured on."""
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def hardware(device: torch.device | str) -> str:
+    return f"{machine(device)}, torch {torch.__version__}"
 
 
 @torch.no_grad()
@@ -542,8 +553,7 @@ def main(argv=None):
     if records is None:
         records, names = data.read_voc(root, sets)
     records = align(records, names, classes, args.checkpoint)
-    metric = "voc07" if all(name.startswith("2007:") for name in sets) else "voc"
-    metric = "coco" if kind == "coco" else metric
+    metric = metric_of(kind, sets)
     if args.fps:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         print(

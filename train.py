@@ -144,6 +144,10 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
         defaults = transfer.network_flags(known.init_from) | defaults
     parser.set_defaults(**(base | RECIPES[recipe] | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)
+    for name in ("batch_size", "accumulate", "iterations", "save_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
     scale = args.batch_size / RECIPES[recipe]["batch_size"]  # the linear rule: same epochs
     args.lr = args.lr or RECIPES[recipe]["lr"] * scale
     args.iterations = args.iterations or round(RECIPES[recipe]["iterations"] / scale)
@@ -554,9 +558,7 @@ def plan(args, images: int, step_seconds: float | None, gib: float, gb: float, d
         takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
         text += f"\nthis will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk"
         if minutes > 7 * 24 * 60:
-            text += (
-                "\nthat is more than a week: --minutes 60 trains as well as an hour allows, here"
-            )
+            text += "\nthat is more than a week: --minutes 60 trains as well as an hour allows"
     return text
 
 
@@ -728,6 +730,8 @@ def main(argv: list[str] | None = None) -> dict:
     ranks = {"workers": args.workers, "rank": rank, "world": world}
     results = evaluation.evaluate(model.eval(), test, metric=metric, **ranks)
     if lead:
+        batches.close()  # its processes end, and count
+        results["cpu_minutes"] = round(sum(os.times()[:4]) / 60, 2)  # since the last --resume
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(evaluation.report(results))
         report.write([out], out / "report.html")
