@@ -729,9 +729,12 @@ def main(argv: list[str] | None = None) -> dict:
     metric = evaluation.metric_of(args.data, args.eval_sets or ["2007:test"])
     ranks = {"workers": args.workers, "rank": rank, "world": world}
     results = evaluation.evaluate(model.eval(), test, metric=metric, **ranks)
+    batches.close()  # its processes end, and count
+    cpu_seconds = torch.tensor(sum(os.times()[:4]), device=device)  # since the last --resume
+    if world > 1:
+        dist.all_reduce(cpu_seconds)
+    results["cpu_minutes"] = round(cpu_seconds.item() / 60, 2)
     if lead:
-        batches.close()  # its processes end, and count
-        results["cpu_minutes"] = round(sum(os.times()[:4]) / 60, 2)  # since the last --resume
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(evaluation.report(results))
         report.write([out], out / "report.html")
