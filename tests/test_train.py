@@ -132,6 +132,14 @@ def test_the_linear_rule():
         (["--voc-root", "x", "--overfit", "16"], {"recipe": "overfit", "augment": "none"}),
         (["--voc-root", "x", "--recipe", "released", "--backbone", "vgg16"],
          {"recipe": "released", "backbone": "vgg16"}),
+        (["--voc-root", "x", "--minutes", "9", "--device", "cpu"],
+         {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": "flip",
+          "batch_size": 8, "lr": 0.1}),
+        (["--voc-root", "x", "--minutes", "9", "--device", "cuda"],
+         {"recipe": "budget", "backbone": "root-resnet18", "width": 1.0, "augment": "ssd",
+          "batch_size": 64, "lr": 0.1}),
+        (["--voc-root", "x", "--minutes", "9", "--device", "cpu", "--backbone", "vgg16"],
+         {"recipe": "budget", "backbone": "vgg16", "width": 0.25}),
     ],
 )  # fmt: skip
 def test_recipes_follow_from_the_data(argv, wanted):
