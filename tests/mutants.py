@@ -197,7 +197,7 @@ MUTANTS = [
            "(loss_loc + loss_conf).backward()",
            "test_train.py", "accumulation"),
     Mutant("no linear rule", "train.py",
-           'RECIPES[recipe]["lr"] * scale', 'RECIPES[recipe]["lr"]',
+           'settings["lr"] * scale', 'settings["lr"]',
            "test_train.py", "linear_rule"),
     Mutant("momentum lost on resuming", "train.py",
            'optimizer.load_state_dict(checkpoint["optimizer"])', "pass",
