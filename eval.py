@@ -23,18 +23,20 @@ import re
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 
 import data
 from metrics import Detections, coco_ap, report, summarise, voc_ap  # noqa: F401
 from ops.reference import decode
-from scratchdet import detect, load, make_priors
+from records import Record
+from scratchdet import ScratchDet, detect, load, make_priors
 
 SECONDS = 5.0  # that each number of --fps is measured for
 
@@ -42,7 +44,9 @@ SECONDS = 5.0  # that each number of --fps is measured for
 # ----------------------------------------------------------------------------- running a detector
 
 
-def to_pixels(boxes, scores, labels, count, sizes):
+def to_pixels(
+    boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor, sizes: list[tuple[int, int]]
+) -> list[Detections]:
     """The tensors of `detect` and the images' sizes [(w, h)] -> one `Detections` an image.
 
     Clipped to the image, as Caffe SSD does when it writes results.
@@ -59,11 +63,11 @@ def to_pixels(boxes, scores, labels, count, sizes):
 class Progress:
     """One live line on a terminal; elsewhere a line every half minute."""
 
-    def __init__(self, total, what):
+    def __init__(self, total: int, what: str | None):
         self.total, self.what, self.start, self.said = total, what, time.monotonic(), 0.0
         self.live = sys.stderr.isatty()
 
-    def __call__(self, done):
+    def __call__(self, done: int) -> None:
         now = time.monotonic()
         rate = done / max(1e-9, now - self.start)
         if now - self.said < (0.5 if self.live else 30) and not (self.live and done == self.total):
@@ -78,7 +82,10 @@ class Progress:
 
 
 @torch.no_grad()
-def run_detector(model, records, *, batch_size=8, workers=0, what="evaluating"):
+def run_detector(
+    model: ScratchDet, records: list[Record], *,
+    batch_size: int = 8, workers: int = 0, what: str | None = "evaluating",
+) -> list[Detections]:  # fmt: skip
     """One `Detections` a record, in their order.
 
     Each image is warped to the network's size (section 4.1), without augmentation. The network
@@ -103,7 +110,10 @@ def run_detector(model, records, *, batch_size=8, workers=0, what="evaluating"):
     return found
 
 
-def evaluate(model, records, *, metric="voc", batch_size=8, workers=0, rank=0, world=1):
+def evaluate(
+    model: ScratchDet, records: list[Record], *, metric: str = "voc",
+    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1,
+) -> dict:  # fmt: skip
     """Run the model over the records and measure: the dict of `summarise`.
 
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
@@ -149,15 +159,10 @@ MULTI_SCALE = (
 )
 
 
-def normalise(pixels, config):
-    """RGB pixels (N,3,H,W) of 0..255 -> what the network sees, as `data.prepare` makes it."""
-    mean, std = (torch.tensor(v, device=pixels.device) for v in (config.mean, config.std))
-    x = (pixels.float() - mean[:, None, None]) / std[:, None, None]
-    return x if config.channels == "rgb" else x.flip(1)
-
-
 @torch.no_grad()
-def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
+def detect_image(
+    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
+) -> Detections:
     """`Detections` of one RGB picture of any size, over several passes joined by `vote_boxes`.
 
     The priors keep their sides in pixels and lie where the actual maps are; a map too small for
@@ -170,7 +175,7 @@ def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
         side = round(config.size * scale)
         sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
         x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
-        x = normalise(x.to(device), config)
+        x = data.normalise(x.to(device), config)
         x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
         maps = model.features(x)
         priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
@@ -186,7 +191,10 @@ def detect_image(model, image, passes=ONE_SCALE, *, soft=False):
     return vote_boxes(joined, soft=soft) if several else joined
 
 
-def vote_boxes(found, *, soft=False, iou_threshold=0.45, min_score=0.01, max_detections=200):
+def vote_boxes(
+    found: Detections, *, soft: bool = False,
+    iou_threshold: float = 0.45, min_score: float = 0.01, max_detections: int = 200,
+) -> Detections:  # fmt: skip
     """Box voting (Gidaris and Komodakis 2015): overlapping detections of a class become their mean.
 
     The best detection takes all of IoU >= iou_threshold (+1 pixel) with it: score the best's, box
@@ -222,66 +230,31 @@ def vote_boxes(found, *, soft=False, iou_threshold=0.45, min_score=0.01, max_det
 
 # ----------------------------------------------------------------------------------------- pictures
 
-GREEN, ORANGE = (0, 158, 60), (245, 130, 0)
 
-
-def draw(image, boxes_xyxy, labels, scores, classes):
-    """A copy of the picture with boxes in pixels: orange, named and scored.
-
-    Without scores (None) they are ground truth: green, named inside at the bottom. Letters stay
-    legible in pictures of 300 to 500 pixels and grow with larger ones.
-    """
-    image = image.convert("RGB").copy()
-    pen, letters = ImageDraw.Draw(image), max(12, max(image.size) // 32)
-    box_colour, ink = (GREEN, "white") if scores is None else (ORANGE, "black")
-    try:
-        font = ImageFont.load_default(letters)
-    except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType
-        font = ImageFont.load_default()
-    order = range(len(labels)) if scores is None else np.argsort(scores)  # the best comes on top
-    for x0, y0, x1, y1 in np.asarray(boxes_xyxy, float)[order].tolist():
-        corners = (x0, y0, max(x0, x1), max(y0, y1))
-        pen.rectangle(corners, outline=box_colour, width=1 + letters // 8)
-    for i in order:
-        x0, y0, _, y1 = (float(v) for v in boxes_xyxy[i])
-        text = classes[labels[i] - 1] + ("" if scores is None else f" {scores[i]:.2f}")
-        left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        w, h = right - left + 4, bottom - top + 4
-        x = max(0, min(x0, image.width - w))
-        y = max(0, min(y1 - h if scores is None else y0 - h, image.height - h))
-        pen.rectangle((x, y, x + w, y + h), fill=box_colour)
-        pen.text((x + 2 - left, y + 2 - top), text, fill=ink, font=font)
-    return image
-
-
-def draw_found(record, found, classes, min_score):
+def draw_found(
+    record: Record, found: Detections, classes: Sequence[str], min_score: float
+) -> Image.Image:
     """The picture of a record: ground truth green, detections of min_score and more orange."""
-    truth = draw(
-        data.decode(data.open_record(record), record),
-        record.boxes_xyxy,
-        record.labels,
-        None,
-        classes,
-    )
-    keep = found.scores >= min_score
-    return draw(truth, found.boxes_xyxy[keep], found.labels[keep], found.scores[keep], classes)
+    image, keep = data.decode(data.open_record(record), record), found.scores >= min_score
+    image = data.draw(image, record.boxes_xyxy, record.labels, None, classes)
+    boxes, scores, labels = (x[keep] for x in found)
+    return data.draw(image, boxes, labels, scores, classes)
 
 
-def draw_sheet(model, records, path, *, columns=4, side=300, min_score=0.3):
-    """Writes one picture of a few records' detections beside their ground truth."""
-    sheet = Image.new("RGB", (columns * side, -(-len(records) // columns) * side), "white")
-    detections = run_detector(model, records, what=None)
-    for i, record in enumerate(records):
-        picture = draw_found(record, detections[i], model.config.classes, min_score)
-        picture.thumbnail((side - 4, side - 4))
-        sheet.paste(picture, (i % columns * side, i // columns * side))
-    sheet.save(path)
+def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> None:
+    """Writes one picture of a few records' detections (.3 and more) beside their ground truth."""
+    rows = zip(records, run_detector(model, records, what=None), strict=True)
+    pictures = [draw_found(record, found, model.config.classes, 0.3) for record, found in rows]
+    data.save_sheet(path, pictures, columns=4)
 
 
 # ---------------------------------------------------------------------------------- files and speed
 
 
-def write_results(path, records, detections, category_ids):
+def write_results(
+    path: str | Path, records: list[Record], detections: list[Detections],
+    category_ids: Sequence[int],
+) -> None:  # fmt: skip
     """COCO's results JSON: image_id, category_id (the official one), bbox [x, y, w, h], score."""
     rows = []
     for record, found in zip(records, detections, strict=True):
@@ -293,7 +266,10 @@ def write_results(path, records, detections, category_ids):
     Path(path).write_text(json.dumps(rows))
 
 
-def write_comp4(path, records, detections, classes, year, split):
+def write_comp4(
+    path: str | Path, records: list[Record], detections: list[Detections],
+    classes: Sequence[str], year: int | str, split: str,
+) -> None:  # fmt: skip
     """The VOC server's layout, as a folder or, for a name in .tar.gz, .tgz or .tar, an archive.
 
     results/VOC2012/Main/comp4_det_test_<class>.txt, a line "image score xmin ymin xmax ymax" each;
@@ -325,16 +301,16 @@ def write_comp4(path, records, detections, classes, year, split):
 class Exported(nn.Module):
     """pixels (N,3,S,S) RGB 0..255 -> boxes (N,P,4) xyxy in image units, probabilities (N,P,C)."""
 
-    def __init__(self, model):
+    def __init__(self, model: ScratchDet):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels):
-        loc, logits = self.model(normalise(pixels, self.model.config))
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        loc, logits = self.model(data.normalise(pixels, self.model.config))
         return decode(loc, self.model.priors_cxcywh), logits.softmax(dim=-1)
 
 
-def export(model, path):
+def export(model: ScratchDet, path: str | Path) -> None:
     """Network and decoding as a torch.export file, for any batch size.
 
     `torch.export.load(path, extra_files=extra)` reads it without this code; extra["classes.json"]
@@ -342,6 +318,7 @@ def export(model, path):
     """
     size = model.config.size
     pixels = torch.zeros(2, 3, size, size, device=model.priors_cxcywh.device)
+    data.normalise(pixels, model.config)  # keeps its constants: not to be made while tracing
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(Exported(model).eval(), (pixels,), dynamic_shapes=shapes)
     classes = json.dumps(["background", *model.config.classes])
@@ -363,7 +340,7 @@ def hardware(device: torch.device | str) -> str:
 
 
 @torch.no_grad()
-def frames_per_second(model, records, *, batch_size):
+def frames_per_second(model: ScratchDet, records: list[Record], batch_size: int) -> list[float]:
     """Images/s (network alone, network and detect), float32, on warped images already in memory."""
     device = model.priors_cxcywh.device
     some = (records * batch_size)[:batch_size]
@@ -388,7 +365,7 @@ def frames_per_second(model, records, *, batch_size):
 # ---------------------------------------------------------------------------------- command line
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -406,10 +383,10 @@ def parse_args(argv=None):
     g.add_argument(
         "--multi-scale", action="store_true", help="our recipe: 9 scales, mirrored, voted"
     )
-    g.add_argument("--min-score", type=float, default=0.3, help="of what is drawn or listed")
+    g.add_argument("--min-score", type=float, default=0.3, help="of what is drawn or printed")
     g = parser.add_argument_group("output")
     g.add_argument("--draw", metavar="DIR", help="write the images with boxes, labels and scores")
-    g.add_argument("--json", metavar="FILE", help="the numbers; with --images, the detections")
+    g.add_argument("--json", metavar="FILE", help="the numbers; with --images, all detections")
     g.add_argument("--results", metavar="FILE", help="COCO results JSON")
     g.add_argument("--comp4", metavar="DIR|FILE", help="VOC server files; FILE.tar.gz: the archive")
     g.add_argument("--export", metavar="FILE", help="write network + decoding by torch.export")
@@ -423,7 +400,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def data_source(args, checkpoint):
+def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | Path, list[str]]:
     """What to measure on: (kind, root, sets), from the flags or else as train.py evaluated."""
     saved = checkpoint.get("args") or {}
     kind = args.data or (args.voc_root and "voc") or (args.coco_root and "coco")
@@ -440,7 +417,7 @@ def data_source(args, checkpoint):
     return kind, root, sets or ["2007:test"]
 
 
-def without_annotations(root, sets):
+def without_annotations(root: str | Path, sets: list[str]) -> list[Record] | None:
     """Records of sets without annotations, as VOC2012 test; None where there are some."""
     records = []
     for name in sets:
@@ -459,7 +436,9 @@ def without_annotations(root, sets):
     return records
 
 
-def align(records, names, classes, where):
+def align(
+    records: list[Record], names: list[str], classes: tuple[str, ...], where: str
+) -> list[Record]:
     """The records with labels in the checkpoint's order of classes."""
     if unknown := sorted(set(names) - set(classes)):
         raise ValueError(
@@ -470,7 +449,7 @@ def align(records, names, classes, where):
     return [record._replace(labels=lookup[record.labels]) for record in records]
 
 
-def output_folder(path, sources):
+def output_folder(path: str, sources: list[Path]) -> Path:
     """Makes the folder; refuses one that holds the pictures themselves."""
     folder = Path(path)
     if any(folder.resolve() == source.resolve().parent for source in sources):
@@ -479,9 +458,9 @@ def output_folder(path, sources):
     return folder
 
 
-def own_pictures(model, args):
+def own_pictures(model: ScratchDet, args: argparse.Namespace) -> None:
     """Detect in pictures without annotations; print, draw, and write JSON."""
-    path, classes, rows = Path(args.images), model.config.classes, []
+    path, classes, rows, anything = Path(args.images), model.config.classes, [], False
     pictures = [path]
     if path.is_dir():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES)
@@ -496,19 +475,26 @@ def own_pictures(model, args):
         except Exception as error:  # whatever a decoder raises on bytes from anywhere
             raise ValueError(f"{picture}: cannot be decoded ({error})") from None
         found = detect_image(model, image, passes)
-        names = [classes[label - 1] for label in found.labels]
-        keep = np.flatnonzero(found.scores >= args.min_score)
-        text = ", ".join(f"{names[i]} {found.scores[i]:.2f}" for i in keep)
-        best = f"best guess {names[0]} {found.scores[0]:.2f}" if names else "not even a guess"
-        print(f"{picture}: {text or f'nothing above {args.min_score:g} ({best})'}")
-        rows.append({"image": str(picture), "size": image.size, "detections": [
-            {"label": names[i], "score": float(found.scores[i]),
-             "box_xyxy": [round(float(v), 1) for v in found.boxes_xyxy[i]]} for i in keep
-        ]})  # fmt: skip
+        detections = [
+            {"label": classes[label - 1], "score": float(score),
+             "box_xyxy": [round(float(v), 1) for v in xyxy]}
+            for xyxy, score, label in zip(*found, strict=True)
+        ]  # fmt: skip
+        rows.append({"image": str(picture), "size": image.size, "detections": detections})
+        good = int((found.scores >= args.min_score).sum())  # the best come first
+        said = [f"{d['label']} {d['score']:.2f}" for d in detections]
+        text = ", ".join(said[:good])
+        if not good:
+            best = f"best guess {said[0]}" if said else "not even a guess"
+            text = f"nothing above {args.min_score:g} ({best})"
+        if len(said) > good:
+            text += f", {len(said) - good} weaker"
+        print(f"{picture}: {text}")
+        anything |= good > 0
         if folder:
-            kept = (x[keep] for x in (found.boxes_xyxy, found.labels, found.scores))
-            draw(image, *kept, classes).save(folder / picture.name)
-    if not any(row["detections"] for row in rows):
+            boxes, scores, labels = (x[:good] for x in found)
+            data.draw(image, boxes, labels, scores, classes).save(folder / picture.name)
+    if not anything:
         print(
             f"nothing found in {len(pictures)} pictures. This checkpoint knows {', '.join(classes)}"
             ", and objects like those it was trained on; --min-score lists weaker detections"
@@ -519,7 +505,7 @@ def own_pictures(model, args):
         Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch {torch.__version__} sees no GPU here")
@@ -540,10 +526,11 @@ def main(argv=None):
         print(f"exported: {args.export}, pixels (N,3,{model.config.size},{model.config.size}) -> "
               "boxes (N,P,4) xyxy, probabilities (N,P,C)")  # fmt: skip
     if args.images:
-        return own_pictures(model, args)
+        own_pictures(model, args)
+        return
     asked = (args.data, args.voc_root, args.coco_root, args.draw, args.json, args.results, args.fps)
     if args.export and not any(asked):
-        return None
+        return
     kind, root, sets = data_source(args, checkpoint)
     records, names = None, list(classes)
     if kind == "coco":
@@ -562,7 +549,7 @@ def main(argv=None):
         for n in (1, 8):
             alone, whole = frames_per_second(model, records, batch_size=n)
             print(f"batch {n}: network {alone:.1f}, with decoding and NMS {whole:.1f}")
-        return None
+        return
     folder = output_folder(args.draw, [r.path for r in records]) if args.draw else None
 
     if args.multi_scale:
@@ -598,7 +585,6 @@ def main(argv=None):
             name = record.name.replace("/", "_")
             draw_found(record, one, classes, args.min_score).save(folder / f"{name}.jpg")
         print(f"drawn: {folder}/ (ground truth green, detections of {args.min_score:g} up orange)")
-    return None
 
 
 if __name__ == "__main__":

@@ -715,19 +715,19 @@ def test_multi_scale_runs_the_real_network_at_every_size(records):
 def test_draw():
     image = Image.new("RGB", (320, 240), (90, 90, 90))
     boxes, labels = np.array([[40.0, 60, 200, 180]]), np.array([1])
-    truth = np.array(evaluation.draw(image, boxes, labels, None, ("dog",)))
-    both = np.array(evaluation.draw(image, boxes, labels, np.array([0.87]), ("dog",)))
+    truth = np.array(data.draw(image, boxes, labels, None, ("dog",)))
+    both = np.array(data.draw(image, boxes, labels, np.array([0.87]), ("dog",)))
     assert (np.array(image) == 90).all()  # the picture itself stays as it was
-    assert tuple(truth[120, 40]) == evaluation.GREEN
-    assert tuple(both[120, 40]) == evaluation.ORANGE
+    assert tuple(truth[120, 40]) == data.GREEN
+    assert tuple(both[120, 40]) == data.ORANGE
     assert (both[100:170, 60:190] == 90).all()  # nothing inside the box
-    plate = (both[40:60, 40:200] == evaluation.ORANGE).all(axis=-1)
+    plate = (both[40:60, 40:200] == data.ORANGE).all(axis=-1)
     ink = (both[40:60, 40:200] < 60).all(axis=-1)
     assert plate.any(axis=1).sum() >= 12  # a plate at least 12 px high, with letters on it
     assert ink.sum() > 60
     edge = np.array([[-20.0, -5, 30, 20], [300, 230, 330, 250]])  # beyond the picture: still drawn
-    evaluation.draw(image, edge, np.array([1, 1]), np.array([0.5, 0.6]), ("dog",))
-    evaluation.draw(image, np.empty((0, 4)), np.empty(0, int), np.empty(0), ("dog",))
+    data.draw(image, edge, np.array([1, 1]), np.array([0.5, 0.6]), ("dog",))
+    data.draw(image, np.empty((0, 4)), np.empty(0, int), np.empty(0), ("dog",))
 
 
 def test_draw_sheet(records, tmp_path):
@@ -736,7 +736,7 @@ def test_draw_sheet(records, tmp_path):
     with Image.open(path) as sheet:
         assert sheet.size == (1200, 600)
         colours = {colour for _, colour in sheet.getcolors(1 << 20)}
-    assert {evaluation.GREEN, evaluation.ORANGE} <= colours
+    assert {data.GREEN, data.ORANGE} <= colours
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -941,7 +941,7 @@ def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
     assert names == ["background", *CLASSES]
     model = narrow(classes=CLASSES)
     with torch.no_grad():
-        loc, logits = model(evaluation.normalise(pixels, model.config))
+        loc, logits = model(data.normalise(pixels, model.config))
     torch.testing.assert_close(scores, logits.softmax(-1), atol=1e-5, rtol=1e-4)
     expected = evaluation.decode(loc, model.priors_cxcywh)
     torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=1e-4)
