@@ -413,11 +413,10 @@ def log_size(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat([boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:].log()], dim=-1)
 
 
-def encode_log_size(boxes: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """`encode` of boxes that went through `log_size`."""
+def offset_unit(priors_cxcywh: Tensor) -> Tensor:
+    """What an offset of 1 is worth: the prior's (w, h, 1, 1) times the variances. (P,4) -> same."""
     size = priors_cxcywh[..., 2:]
-    unit = torch.cat([size * VARIANCES[0], torch.full_like(size, VARIANCES[1])], dim=-1)
-    return (boxes - log_size(priors_cxcywh)).div_(unit)  # in place: a quarter of the time
+    return torch.cat([size * VARIANCES[0], torch.full_like(size, VARIANCES[1])], dim=-1)
 
 
 def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
@@ -426,7 +425,8 @@ def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
     Inverse of `decode`. [(gx - px) / pw / .1, ..., ln(gw / pw) / .2, ...] (SSD eq. 2 with Caffe's
     variances).
     """
-    return encode_log_size(log_size(xyxy_to_cxcywh(boxes_xyxy)), priors_cxcywh)
+    offsets = log_size(xyxy_to_cxcywh(boxes_xyxy)) - log_size(priors_cxcywh)
+    return offsets / offset_unit(priors_cxcywh)
 
 
 # ------------------------------------------------------------------------------- the loss
@@ -443,30 +443,13 @@ def assign_targets(
     matched = ops.match(cxcywh_to_xyxy(priors_cxcywh), boxes_xyxy, offsets)  # (N, P)
     # A background prior stands for itself, so that its offsets are 0 without another pass.
     t, p = len(boxes_xyxy), len(priors_cxcywh)
-    table = torch.cat([log_size(xyxy_to_cxcywh(boxes_xyxy)), log_size(priors_cxcywh)])  # (T + P, 4)
+    log_priors = log_size(priors_cxcywh)
+    table = torch.cat([log_size(xyxy_to_cxcywh(boxes_xyxy)), log_priors])  # (T + P, 4)
     itself = torch.arange(t, t + p, device=matched.device)
     rows = torch.where(matched >= 0, matched, itself)  # (N, P)
-    targets = encode_log_size(F.embedding(rows, table), priors_cxcywh)  # (N, P, 4)
+    targets = F.embedding(rows, table)  # (N, P, 4); encoded in place: a third of the time
+    targets = targets.sub_(log_priors).div_(offset_unit(priors_cxcywh))
     return F.pad(labels, (0, p)).index_select(0, rows.flatten()).view_as(rows), targets
-
-
-def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
-    """The `how_many` (N,) eligible priors of the highest score in each image -> (N,P) bool.
-
-    score (N,P) >= 0. Ties at the border go to the lowest prior. No sort: the order of positive
-    floats is that of their bits, so the k-th largest is found by setting one bit after another.
-    """
-    bits = torch.where(eligible, score.contiguous().view(torch.int32), -1)  # (N, P)
-    how_many = torch.minimum(how_many, eligible.sum(dim=1))[:, None].int()  # (N, 1)
-    border = torch.zeros_like(how_many)
-    for bit in reversed(range(31)):
-        higher = border | (1 << bit)
-        # counts bits >= higher; in integers, for a comparison and its sum take twice as long
-        count = (bits - (higher - 1)).clamp_(0, 1).sum(1, keepdim=True, dtype=torch.int32)
-        border = torch.where(count >= how_many, higher, border)
-    above = bits > border
-    at = bits == border
-    return above | (at & (at.cumsum(dim=1) <= how_many - above.sum(1, keepdim=True)))
 
 
 def multibox_loss(
@@ -487,19 +470,14 @@ def multibox_loss(
 
     Masks of a fixed shape, no indexing by them: nothing waits for the GPU.
     """
-    loc, logits = loc.float(), logits.float()  # also under autocast
     target_labels, target_loc = assign_targets(priors_cxcywh, boxes_xyxy, labels, offsets)
     positive = target_labels > 0  # (N, P)
     total = positive.sum()
     norm = total.clamp(min=1)
-    loss_loc = F.smooth_l1_loss(loc * positive[..., None], target_loc, reduction="sum") / norm
-
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), target_labels.flatten(), reduction="none")
-    cross_entropy = cross_entropy.view_as(positive)  # (N, P); of a negative: -log p(background)
-    with torch.no_grad():
-        wanted = negatives_per_positive * positive.sum(dim=1)
-        mined = hard_negatives(cross_entropy.abs(), ~positive, wanted)  # abs: of -0., too
-    loss_conf = torch.where(positive | mined, cross_entropy, 0.0).sum() / norm
+    loc = loc.float() * positive[..., None]  # in float32 under autocast, too, as the op's logits
+    loss_loc = F.smooth_l1_loss(loc, target_loc, reduction="sum") / norm
+    cross_entropy = ops.mined_cross_entropy(logits, target_labels, negatives_per_positive)
+    loss_conf = cross_entropy.sum() / norm
     return loss_loc, loss_conf, total
 
 

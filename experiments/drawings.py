@@ -16,8 +16,8 @@ import metrics
 import ops
 import shapes
 from experiments.figures import page, text
-from ops.reference import pairwise_iou
-from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, hard_negatives, make_priors
+from ops.reference import hard_negatives, pairwise_iou
+from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors
 
 GREEN, GREY, ORANGE, BLUE = "#009e3c", "#808080", "#f58200", "#2763b8"
 GROUND, FILL, MEAN = "#f3efe6", "#c9bfa8", "#7b7568"  # picture, its shapes, beside the picture
@@ -133,10 +133,7 @@ def augmentation() -> str:
     parts, sources, results = [], [], []
     for seed in (16, 4, 26):  # a canvas around the picture; a part of one; a crop
         rng = np.random.default_rng(seed)
-        source = data.expand(rng)
-        corner, side = source[:2], source[2:] - source[:2]
-        part = data.crop(data.project(boxes, labels, source)[0], rng)
-        source = np.concatenate([corner + part[:2] * side, corner + part[2:] * side])
+        source = data.draw_source(boxes, labels, rng)
         sources.append(source * SIDE)
         results.append((source * SIDE, data.project(boxes, labels, source)[0]))
     outside = max(0, *(max(-s[:2].min(), s[2:].max() - SIDE) for s in sources))

@@ -1,4 +1,4 @@
-"""Time the loss and the mining of negatives, forward, beside torchvision's SSD.compute_loss.
+"""Time the loss and the mining of negatives beside torchvision's SSD.compute_loss.
 
     python experiments/loss_bench.py [--batch-size 32] [--rounds 9] [--threads 1]
 
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -80,7 +81,7 @@ def median_ms(functions: list, rounds: int) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> float | None:
-    """Print the table; -> the ratio of the training pass, None without torchvision."""
+    """Print the table; -> the ratio of the forward pass in training, None without torchvision."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -98,27 +99,32 @@ def main(argv: list[str] | None = None) -> float | None:
     print(f"{args.batch_size} images, {positives} positives, {args.classes} classes; "
           f"{hardware('cpu')}")  # fmt: skip
     ratios = {}
-    for keeps_graph in (True, False):
+    for what in ("as in training", "with backward", "without a graph"):
+        keeps_graph, with_backward = what != "without a graph", what == "with backward"
         case["loc"].requires_grad_(keeps_graph)
         case["logits"].requires_grad_(keeps_graph)
-        what = "as in training" if keeps_graph else "without a graph"
+
+        def run(losses, with_backward=with_backward):
+            case["loc"].grad = case["logits"].grad = None
+            return sum(losses()[:2]).backward() if with_backward else losses()
+
         with mock.patch.object(ops, "match", lambda *_: matched):  # noqa: PT008  both get it
 
             def ours():
                 return multibox_loss(**case)
 
             if SSD is None:
-                print(f"{what:16} ours {median_ms([ours], args.rounds)[0]:.1f} ms")
+                print(f"{what:16} ours {median_ms([partial(run, ours)], args.rounds)[0]:.1f} ms")
                 continue
             theirs = peer_loss(case, matched)
             for mine, other in zip(ours()[:2], theirs(), strict=True):
                 torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-            a, b = median_ms([ours, theirs], args.rounds)
-        ratios[keeps_graph] = b / a
+            a, b = median_ms([partial(run, ours), partial(run, theirs)], args.rounds)
+        ratios[what] = b / a
         print(f"{what:16} ours {a:.1f} ms, torchvision {b:.1f} ms: {b / a:.1f} times")
     if SSD is None:
         print("torchvision is not installed (or not for this torch): nothing to compare with")
-    return ratios.get(True)
+    return ratios.get("as in training")
 
 
 if __name__ == "__main__":

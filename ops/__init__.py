@@ -1,4 +1,4 @@
-"""The three ops, each on the device of its tensors: `ops.match`, `ops.nms`, `ops.postprocess`.
+"""Four ops, each on the device of its tensors: match, mined_cross_entropy, nms, postprocess.
 
 An op is a `torch.library.custom_op` whose body is the readable PyTorch of `reference.py`. The
 kernels (`match.cpp`, `match.cu`, ...) register themselves for the CPU or the CUDA key of the same
@@ -19,8 +19,8 @@ from torch import Tensor
 from . import reference
 from .jit import BuildError, _say, build
 
-__all__ = ["COMPILED", "BuildError", "build", "describe", "match", "nms", "postprocess"]
-NAMES = ("match", "nms", "postprocess")
+NAMES = ("match", "mined_cross_entropy", "nms", "postprocess")
+__all__ = ["COMPILED", "BuildError", "build", "describe", *NAMES]
 MODES = ("auto", "reference", "require", "emulate")
 COMPILED = {"cpu": False, "cuda": False}  # which kernels are loaded; _load() fills it in
 
@@ -29,6 +29,14 @@ _match = torch.library.custom_op("scratchdet::match", reference.match, mutates_a
 _nms = torch.library.custom_op("scratchdet::nms", reference.nms, mutates_args=())
 _postprocess = torch.library.custom_op(
     "scratchdet::postprocess", reference.postprocess, mutates_args=()
+)
+_mined = torch.library.custom_op(
+    "scratchdet::mined_cross_entropy", reference.mined_cross_entropy, mutates_args=()
+)
+_mined_backward = torch.library.custom_op(
+    "scratchdet::mined_cross_entropy_backward",
+    reference.mined_cross_entropy_backward,
+    mutates_args=(),
 )
 
 
@@ -51,10 +59,32 @@ def _(loc, logits, priors_cxcywh, score_threshold, top_k, iou_threshold, max_det
     return boxes, boxes.new_empty(shape), labels, labels.new_empty(shape[:1])
 
 
+@_mined.register_fake
+def _(logits, labels, negatives_per_positive):
+    return logits.new_empty(labels.shape)
+
+
+@_mined_backward.register_fake
+def _(gradient, logits, labels, cross_entropy):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+# The one op with a gradient, in the logits; its backward is another op, which has none.
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output)
+
+
+def _backward(ctx, gradient):
+    return _mined_backward(gradient, *ctx.saved_tensors), None, None
+
+
+_mined.register_autograd(_backward, setup_context=_save)
+
+
 # custom_op puts a layer of Python before every kernel that only serves autograd: 10 us a call,
-# as long as the NMS of 400 boxes itself. These ops have no gradient, so it is passed over.
+# as long as the NMS of 400 boxes itself. The ops without a gradient pass over it.
 _passed_over = [torch.library.Library("scratchdet", "FRAGMENT")]  # lives as long as the module
-for _name in NAMES:
+for _name in ("match", "nms", "postprocess"):
     for _key in ("AutogradCPU", "AutogradCUDA"):
         _passed_over[0].impl(_name, torch.library.fallthrough_kernel, _key)
 
@@ -78,6 +108,31 @@ def match(
         if rows[0] != 0 or rows[-1] != boxes_xyxy.shape[0] or rows != sorted(rows):
             _fail("match", "offsets", f"rising from 0 to T={boxes_xyxy.shape[0]}", rows)
     return torch.ops.scratchdet.match.default(priors_xyxy, boxes_xyxy, offsets, iou_threshold)
+
+
+def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: int = 3) -> Tensor:
+    """The classes' loss of each prior: (N,P,C) floating, (N,P) int64 -> (N,P) float32.
+
+    0 for priors that do not count: see reference.mined_cross_entropy. The gradient flows to
+    `logits`. Raises ValueError for a wrong shape, type or device and, on the CPU, for a label that
+    is no class (on a GPU that check would wait; its loss is NaN there).
+    """
+    if logits.dim() != 3 or logits.shape[2] < 1 or not logits.is_floating_point():
+        _fail("mined_cross_entropy", "logits", "(N,P,C) floating, C > 0", _seen(logits))
+    if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
+        like = f"(N,P) int64 like logits {_seen(logits)}"
+        _fail("mined_cross_entropy", "labels", like, _seen(labels))
+    _check_device("mined_cross_entropy", logits, labels=labels)
+    if negatives_per_positive < 0:
+        _fail("mined_cross_entropy", "negatives_per_positive", "at least 0", negatives_per_positive)
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = map(int, labels.aminmax())
+        if low < 0 or high >= logits.shape[2]:
+            classes = f"from 0 to C-1={logits.shape[2] - 1}"
+            _fail("mined_cross_entropy", "labels", classes, f"{low} to {high}")
+    return torch.ops.scratchdet.mined_cross_entropy.default(
+        logits.float(), labels, negatives_per_positive
+    )
 
 
 def nms(
@@ -166,7 +221,7 @@ def _fail(op, argument, contract, got):
 
 
 def describe() -> str:
-    """One line: `ops: match nms postprocess - cpu+cuda`."""
+    """One line: `ops: match mined_cross_entropy nms postprocess - cpu+cuda`."""
     compiled = "+".join(device for device, is_built in COMPILED.items() if is_built)
     what = compiled or "plain PyTorch"
     if MODE == "emulate":

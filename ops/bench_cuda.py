@@ -8,7 +8,7 @@ import torch
 import ops
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
-from . import ladder, peers
+from . import ladder, peers, reference
 from .bench import LIMITS, check, objects, outputs, random_boxes
 
 HOST_IN_THE_LOOP = ("nms_1_pairs", "nms_2_tiles")  # no CUDA graph can record these
@@ -95,6 +95,11 @@ def bench(rng):
         calls = {name: lambda *t, f=f: f(*t, 0.5) for name, f in calls.items()}
         tensors, peer = (priors_xyxy, *objects(128, mean, rng)), peers.torchvision_match()
         compare("match", f"batch 128, {mean} boxes an image", tensors, calls, peer)
+    logits = outputs(32, "trained", rng)[1]
+    labels = torch.where(torch.rand(32, 8732, generator=rng) < 0.003, 1, 0)  # 26 positives an image
+    calls = {"kernel": ops.mined_cross_entropy, "reference": reference.mined_cross_entropy}
+    calls = {name: lambda *t, f=f: f(*t, 3) for name, f in calls.items()}
+    compare("mined_cross_entropy", "batch 32, forward", (logits, labels), calls, None)
     for regime in ("trained", "untrained"):
         for dtype in (torch.float32, torch.bfloat16):
             loc, logits = [x.to(dtype) for x in outputs(32, regime, rng)]
@@ -107,8 +112,11 @@ def bench(rng):
 
 
 def close(result, expected):
-    """Equal, but for rounding in one image of a batch of detections."""
-    if torch.is_tensor(result):
+    """Equal, but for rounding in one image of a batch of detections or of cross-entropies."""
+    if torch.is_tensor(result) and not result.is_floating_point():
         return torch.equal(result.cpu(), expected)
+    if torch.is_tensor(result):
+        same = ((result.cpu() - expected).abs() < 1e-5).all(1)
+        return int((~same).sum()) <= len(same) // 16
     same = (result[3].cpu() == expected[3]) & ((result[1].cpu() - expected[1]).abs() < 1e-6).all(1)
     return int((~same).sum()) <= len(same) // 16

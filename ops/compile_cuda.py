@@ -58,14 +58,14 @@ def main(arguments):
     sources = [Path(name) for name in arguments]
     sources = sources or sorted(OPS.glob("*.cu")) + sorted(OPS.glob("ladder/*.cu"))
     failed = not sources
-    print(f"{'file':18} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
+    print(f"{'file':22} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
     for source in sources:
         rows = compile_file(source, nvcc, flags)
         failed |= not rows
         for architecture, kernel, registers, shared, spilled in rows or []:
             failed |= spilled > 0
             print(
-                f"{source.name:18} {architecture:3} {kernel:18} "
+                f"{source.name:22} {architecture:3} {kernel:18} "
                 f"{registers:9} {shared:13} {spilled:14}"
             )
         sys.stdout.flush()

@@ -15,6 +15,7 @@
 #include <bit>
 #include <vector>
 
+#include "exp.h"
 #include "greedy.h"
 
 namespace {
@@ -39,19 +40,6 @@ struct Limits {
 
 using Items = std::vector<uint64_t>;  // descending_key(score) << 32 | prior
 float score_of(uint64_t item) { return std::bit_cast<float>(~(uint32_t)(item >> 32) & 0x7fffffff); }
-
-// exp(x) for x <= 0 to 1e-7 of its value, 0 below -87, in operations that vectorise:
-// x = n ln 2 + r, exp(x) = 2^n exp(r) with |r| < .35 and eight terms of the series. NaN stays NaN.
-inline float exp_of_negative(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are n
-  const float n = shifted - 12582912.0f;
-  const float r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two pieces
-  float sum = 1.0f / 5040;
-  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = sum * r + term;
-  const uint32_t bits = std::bit_cast<uint32_t>(sum) + (std::bit_cast<uint32_t>(shifted) << 23);
-  return x < -87.0f ? 0.0f : std::bit_cast<float>(bits) + (x - x);  // + NaN where x is NaN
-}
 
 // Sieve 1. The priors with p_c > threshold possible for a class c > 0, by p_c < exp(l_c - l_0).
 void plausible_priors(const float* logits, int64_t p, int64_t c, float threshold,

@@ -1,8 +1,9 @@
-"""The three ops in plain PyTorch: the specification that every kernel is tested against.
+"""The four ops in plain PyTorch: the specification that every kernel is tested against.
 
-    match        which box each prior has to learn            (training)
-    nms          which of the overlapping boxes survive       (testing)
-    postprocess  loc and logits -> boxes, scores and labels   (testing, all in one)
+    match                which box each prior has to learn             (training)
+    mined_cross_entropy  the classes' loss, of the priors that count   (training)
+    nms                  which of the overlapping boxes survive        (testing)
+    postprocess          loc and logits -> boxes, scores and labels    (testing, all in one)
 
 The bodies below are what runs on a machine without a compiler. They are written to be read; the
 kernels beside them (`match.cpp`, `match.cu`, ...) are written to be fast, and must give the same.
@@ -14,6 +15,7 @@ D detections at most. Boxes are float32; `_xyxy` is (left, top, right, bottom), 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VARIANCES = (0.1, 0.2)  # of centre and size (Caffe SSD's prior_variance)
@@ -81,6 +83,55 @@ def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshol
             free[box] = -1.0
             free[:, prior] = -1.0
     return matched
+
+
+def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
+    """The `how_many` (N,) eligible priors of the highest score in each image -> (N,P) bool.
+
+    score (N,P) >= 0. Ties at the border go to the lowest prior. No sort: the order of positive
+    floats is that of their bits, so the k-th largest is found by setting one bit after another.
+    """
+    bits = torch.where(eligible, score.contiguous().view(torch.int32), -1)  # (N, P)
+    how_many = torch.minimum(how_many, eligible.sum(dim=1))[:, None].int()  # (N, 1)
+    border = torch.zeros_like(how_many)
+    for bit in reversed(range(31)):
+        higher = border | (1 << bit)
+        # counts bits >= higher; in integers, for a comparison and its sum take twice as long
+        count = (bits - (higher - 1)).clamp_(0, 1).sum(1, keepdim=True, dtype=torch.int32)
+        border = torch.where(count >= how_many, higher, border)
+    above = bits > border
+    at = bits == border
+    return above | (at & (at.cumsum(dim=1) <= how_many - above.sum(1, keepdim=True)))
+
+
+def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
+    """Cross-entropy where it counts, else 0: (N,P,C) float32, (N,P) int64 -> (N,P) (SSD eq. 3).
+
+    It counts for the positive priors (label > 0) and, in each image, for the negatives of the
+    highest -log p(background), so many for each positive of the same image; ties at the border go
+    to the lowest prior. What is not finite is as hard as can be, and always stays: mining hides no
+    infinity and no NaN.
+    """
+    positive = labels > 0
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    cross_entropy = cross_entropy.view_as(labels).abs()  # (N, P); abs: of -0.
+    finite = cross_entropy.isfinite()
+    score = torch.where(finite, cross_entropy, float("inf"))
+    mined = hard_negatives(score, ~positive, negatives_per_positive * positive.sum(dim=1))
+    return torch.where(positive | mined | ~finite, cross_entropy, 0.0)
+
+
+def mined_cross_entropy_backward(
+    gradient: Tensor, logits: Tensor, labels: Tensor, cross_entropy: Tensor
+) -> Tensor:
+    """Gradients (N,P) of mined_cross_entropy's result (N,P) -> those of its logits (N,P,C).
+
+    softmax - one-hot, where the result is not 0. (A cross-entropy that counts may round to 0. Then
+    all that is lost is less than 6e-8.)
+    """
+    one_hot = F.one_hot(labels, logits.shape[2])
+    row = gradient[..., None] * (logits.softmax(dim=2) - one_hot)  # (N, P, C)
+    return torch.where(cross_entropy[..., None] != 0, row, 0.0)
 
 
 def nms(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:

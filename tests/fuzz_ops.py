@@ -1,4 +1,4 @@
-"""Random and nasty cases of the three ops against the reference, under sanitizers.
+"""Random and nasty cases of the ops against the reference, under sanitizers.
 
     python tests/fuzz_ops.py                                100,000 cases, CPU kernels, ASan + UBSan
     python tests/fuzz_ops.py --kernels cuda --cases 1000    the CUDA kernels and rungs, emulated
@@ -76,11 +76,25 @@ def check(i, seed, rungs):
     import test_ops
     import torch
 
+    import ops
     from ops import reference
 
     rng = torch.Generator().manual_seed((seed << 32) + i)
     share = (0.0, 0.02, 0.3)[int(torch.randint(3, (), generator=rng))]
-    op = ("match", "nms", "postprocess")[i % 3]
+    op = ("match", "nms", "postprocess", "mined_cross_entropy")[i % 4]
+    if op == "mined_cross_entropy":
+        n, p, c = (int(torch.randint(high, (), generator=rng)) for high in (3, 40, 40))
+        logits, labels = test_ops.mined_case(rng, n, p, c + 1, levels=i // 4 % 3)
+        logits = odd_strides(nasty(logits, rng, share / 4), rng)
+        test_ops.check_mined(logits, odd_strides(labels, rng), i // 4 % 5)
+        result = ops.mined_cross_entropy(logits, labels)
+        arguments = result, logits, labels, result
+        torch.testing.assert_close(
+            torch.ops.scratchdet.mined_cross_entropy_backward(*arguments),
+            reference.mined_cross_entropy_backward(*arguments),
+            equal_nan=True, rtol=1e-5, atol=1e-6,
+        )  # fmt: skip
+        return 0
     if op == "postprocess":
         sizes = [int(torch.randint(high, (), generator=rng)) for high in (3, 40, 6)]
         tensors = list(test_ops.post_case(rng, sizes[0], sizes[1], sizes[2] + 1))

@@ -41,7 +41,7 @@ def build_or_skip(build):
 
 @pytest.fixture
 def emulated(kernels, monkeypatch):
-    """ops.match, ops.nms and ops.postprocess are the emulated kernels during this test."""
+    """ops.match and the others are the emulated kernels during this test."""
 
     def with_defaults(kernel, like):
         def call(*args, **kwargs):
@@ -160,6 +160,30 @@ def test_match_wrong_offsets_stay_in_memory(kernels, rng):
     for offsets in ([-5, 99], [3, 1], [2**40, 2**41], [-(2**40), 2]):
         matched = kernels["match"](boxes, boxes, torch.tensor(offsets), 0.5)
         assert ((matched >= -1) & (matched < 4)).all()
+
+
+# ------------------------------------------------------------------------------- cross-entropy
+
+
+def test_mined_random_cases(emulated, rng):
+    for c in (1, 2, 21, 40):
+        for style in (dict(), dict(levels=1), dict(odd=0.01)):
+            check = test_ops.mined_case(rng, 2, test_ops.random_int(0, 90, rng), c, **style)
+            test_ops.check_mined(*check)
+    test_ops.test_mined_by_hand("cpu")
+    test_ops.check_mined(*test_ops.mined_case(rng, 1, 0, 3))
+    test_ops.check_mined(*test_ops.mined_case(rng, 0, 9, 3))
+
+
+def test_mined_gradient(kernels, rng):
+    logits, labels = test_ops.mined_case(rng, 3, 70, 40, odd=0.001)
+    result = kernels["mined_cross_entropy"](logits, labels, 3)
+    arguments = torch.rand(3, 70, generator=rng), logits, labels, result
+    torch.testing.assert_close(
+        kernels["mined_cross_entropy_backward"](*arguments),
+        reference.mined_cross_entropy_backward(*arguments),
+        equal_nan=True, rtol=1e-6, atol=2e-7,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- postprocess
@@ -304,7 +328,9 @@ def test_fuzz_cpu_kernels():
 RACES = [
     ("match.cu", 1, 0),  # the tile of boxes is read before it is full
     ("nms.cu", 1, 1),  # survivors of the chunk
-    ("postprocess.cu", 3, 35),  # the histogram
+    ("postprocess.cu", 1, 34),  # the tile of logits
+    ("select.h", 1, 34),  # the histogram
+    ("mined_cross_entropy.cu", 1, 3),  # the count of the positives
 ]
 
 
@@ -371,7 +397,7 @@ def test_cuda_rungs(cuda_rungs, rng):
 
 @pytest.fixture
 def batch(rng):
-    """Arguments of the three ops as a training or test batch has them, on the GPU."""
+    """Arguments of the ops as a training or test batch has them, on the GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not ops.COMPILED["cuda"]:
@@ -381,6 +407,7 @@ def batch(rng):
     k = 9000
     cases = {
         "match": (priors, boxes, test_ops.spread(counts), 0.5),
+        "mined_cross_entropy": (*test_ops.mined_case(rng, 8, 8732, 21), 3),
         "nms": (test_ops.random_boxes(k, rng), torch.rand(k), torch.arange(k) % 20, 0.45),
         "postprocess": (*test_ops.post_case(rng, 4, 8732, 21), 0.01, 400, 0.45, 200),
     }
@@ -401,6 +428,9 @@ def test_cuda_equals_cpu(batch, op):
     on_cpu = [x.cpu() if torch.is_tensor(x) else x for x in arguments]
     if op == "postprocess":
         test_ops.check_postprocess(*on_cpu, device="cuda")
+        return
+    if op == "mined_cross_entropy":
+        test_ops.check_mined(*on_cpu, device="cuda")
         return
     assert torch.equal(getattr(ops, op)(*arguments).cpu(), getattr(ops, op)(*on_cpu))
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import ops
+from ops.reference import hard_negatives
 from scratchdet import (
     Config,
     assign_targets,
     cxcywh_to_xyxy,
     encode,
-    hard_negatives,
     make_priors,
     multibox_loss,
 )
@@ -210,6 +210,16 @@ def test_large_logits_stay_finite(rng):
     assert loss_conf.isfinite()
     assert logits.grad.isfinite().all()
     assert loss_conf.item() < 100
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("image", [0, 1])
+def test_mining_never_hides_what_is_not_finite(rng, image, what):
+    """One bad background logit among 60 priors; image 1 has no box, and so no negative is wanted.
+    -inf makes background impossible there: an infinite loss."""
+    x = problem(rng, (1, 0))
+    x["logits"][image, 17, 0] = what
+    assert not multibox_loss(**x)[1].isfinite()
 
 
 def test_gradient_flows_only_where_it_should(rng):

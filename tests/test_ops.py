@@ -1,4 +1,4 @@
-"""match, nms and postprocess against the reference, and the reference against brute force.
+"""Every op against the reference, and the reference against brute force.
 
 The brute-force versions below share nothing with ops/reference.py: NumPy, scalar by scalar, from
 the definition. A test of a kernel skips, with the reason, where the kernel is not built.
@@ -326,6 +326,106 @@ def test_match_rows_count_over_the_batch(device):
     check_match(boxes[:2], boxes, torch.tensor([0, 1, 1, 3]), 0.5, device, expected)
 
 
+# ------------------------------------------------------------------------------- cross-entropy
+
+
+def mined_case(rng, n, p, c, *, levels=0, odd=0.0):
+    """logits (N,P,C), labels (N,P): of the images, some have no positive, and some few negatives.
+
+    `levels` > 0: that many different logits in 1, so ties; a share `odd` of infinities and NaNs.
+    """
+    logits = torch.randn(n, p, c, generator=rng) * 3
+    if levels:
+        logits = (logits[..., :1] * levels).round() / levels + torch.arange(c)
+    strange = torch.tensor([NAN, INF, -INF, 3e38, -3e38, 1e4, -1e4])
+    which = torch.randint(len(strange), logits.shape, generator=rng)
+    logits = torch.where(torch.rand(logits.shape, generator=rng) < odd, strange[which], logits)
+    share = torch.tensor([0.0, 0.1, 0.1, 0.5, 1.0])[torch.randint(5, (n, 1), generator=rng)]
+    is_positive = torch.rand(n, p, generator=rng) < share
+    labels = torch.randint(1, max(2, c), (n, p), generator=rng)
+    return logits, torch.where(is_positive & (c > 1), labels, 0)
+
+
+def check_mined(logits, labels, ratio=3, device="cpu"):
+    """The values are PyTorch's; which of them are left out follows exactly from the values."""
+    got = ops.mined_cross_entropy(logits.to(device), labels.to(device), ratio).cpu()
+    assert got.dtype == torch.float32
+    n, p, c = logits.shape
+    wanted = torch.nn.functional.cross_entropy(logits.float().mT, labels, reduction="none")
+    if c == 1:  # sure of the only class: 0, or NaN
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+        return
+    # What the op says of every prior: one positive more in each image, and room for all negatives.
+    more = torch.cat([logits, logits.new_zeros(n, 1, c)], dim=1).to(device)
+    every = torch.cat([labels, labels.new_ones(n, 1)], dim=1).to(device)
+    every = ops.mined_cross_entropy(more, every, p)[:, :p].cpu()
+    torch.testing.assert_close(every, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+    for value, label, result in zip(every, labels, got, strict=True):
+        stays = (label > 0) | ~value.isfinite()
+        hardest_first = torch.where(value.isfinite(), value, INF).sort(descending=True, stable=True)
+        negatives = hardest_first.indices[label[hardest_first.indices] == 0]
+        stays[negatives[: ratio * int((label > 0).sum())]] = True
+        expected = torch.where(stays, value, 0.0)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("cases", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_mined_random_cases(device, rng, cases):
+    for i in range(cases):
+        sizes = random_int(0, 4, rng), random_int(0, 120, rng), (1, 2, 5, 21, 40)[i % 5]
+        style = dict(levels=random_int(0, 3, rng), odd=random_int(0, 3, rng) * 0.002)
+        check_mined(*mined_case(rng, *sizes, **style), random_int(0, 5, rng), device)
+
+
+def test_mined_full_size(device, rng):
+    check_mined(*mined_case(rng, 3, 8732, 21), device=device)
+    check_mined(*mined_case(rng, 2, 8732, 2, levels=2), device=device)  # a border of many ties
+
+
+def test_mined_by_hand(device):
+    """Image 0: a positive and 3 of its 4 negatives, the first of the two equal ones. Image 1 has no
+    positive: all 0, but for what is not finite."""
+    x = torch.tensor([1.0, 0.0, 2.0, 2.0, -1.0])
+    logits = torch.stack([x, torch.zeros(5)], dim=1).expand(2, 5, 2).clone()
+    logits[1, 3, 1] = NAN
+    logits[1, 4, 0] = -INF
+    labels = torch.tensor([[1, 0, 0, 0, 0], [0] * 5])
+    got = ops.mined_cross_entropy(logits.to(device), labels.to(device)).cpu()
+    expected = [np.log1p(np.exp(v)) for v in (1.0, 0.0, -2.0)] + [0, np.log1p(np.exp(1.0))]
+    torch.testing.assert_close(got[0], torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(got[1], torch.tensor([0, 0, 0, NAN, INF]), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_mined_gradient(device, rng, dtype):
+    """Autograd through PyTorch's cross-entropy of the same priors, for any type of logits."""
+    logits, labels = [x.to(device) for x in mined_case(rng, 5, 90, 7, odd=0.001)]
+    logits = strided(logits.to(dtype)).requires_grad_()
+    weight = torch.rand(5, 90, generator=rng).to(device)
+    got = ops.mined_cross_entropy(logits, labels)
+    (got * weight)[got != 0].sum().backward()
+    twin = logits.detach().float().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(twin.mT, labels, reduction="none")
+    (wanted * weight)[got != 0].sum().backward()
+    assert logits.grad.dtype == dtype
+    wanted = torch.where((got != 0)[..., None], twin.grad, 0.0).to(dtype)
+    close = dict(rtol=1e-2, atol=1e-6) if dtype.itemsize == 2 else dict(rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(logits.grad, wanted, equal_nan=True, **close)
+
+
+def test_mined_gradient_is_registered(device, rng):
+    """What opcheck wants of an op with a gradient; and no second one is to be had in silence."""
+    logits, labels = [x.to(device) for x in mined_case(rng, 3, 40, 4)]
+    arguments = logits.requires_grad_(), labels, 3
+    torch.library.opcheck(torch.ops.scratchdet.mined_cross_entropy.default, arguments)
+    loss = ops.mined_cross_entropy(*arguments)
+    backward = loss.detach() * 0 + 1, logits.detach(), labels, loss.detach()
+    torch.library.opcheck(torch.ops.scratchdet.mined_cross_entropy_backward.default, backward)
+    (first,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.sum().backward()
+
+
 # ------------------------------------------------------------------------------- postprocess
 
 EPS = 1e-6  # what two ways to compute a softmax or an exponential may differ by
@@ -515,6 +615,7 @@ def op_cases(size, rng, device="cpu"):
     loc, logits, priors = post_case(rng, n, p, 4)
     cases = {
         "match": (random_boxes(p, rng), random_boxes(2 * n, rng), spread([2] * n), 0.5),
+        "mined_cross_entropy": (*mined_case(rng, n, p, 4), 3),
         "nms": (random_boxes(p, rng), torch.rand(p, generator=rng), torch.arange(p) % 3, 0.45),
         "postprocess": (loc, logits, priors, 0.01, 20, 0.45, 10),
     }
@@ -567,6 +668,7 @@ def test_threads_do_not_matter(rng):
         for threads in (1, 4):
             torch.set_num_threads(threads)
             results.append([ops.match(*cases["match"]), *ops.postprocess(*cases["postprocess"])])
+            results[-1].append(ops.mined_cross_entropy(*cases["mined_cross_entropy"]))
     finally:
         torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
@@ -584,6 +686,7 @@ def test_no_gradient_flows(rng):
 
 B, S, G = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
 LOC, LOGITS = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
+LABELS = torch.zeros(2, 3, dtype=torch.int64)
 OFF = torch.tensor([0, 1, 3])
 
 
@@ -611,6 +714,15 @@ OFF = torch.tensor([0, 1, 3])
         (lambda: ops.match(B, B, torch.tensor([0, 2, 1, 3])), "match: offsets .*rising"),
         (lambda: ops.match(B, B.to("meta"), OFF), "match: boxes_xyxy must be on cpu"),
         (lambda: ops.match(B, B, OFF, -0.1), "match: iou_threshold"),
+        (lambda: ops.mined_cross_entropy(LOGITS[0], LABELS), "mined_.*: logits must be .*P,C"),
+        (lambda: ops.mined_cross_entropy(LOGITS[..., :0], LABELS), "logits must be .*C > 0"),
+        (lambda: ops.mined_cross_entropy(LOGITS.long(), LABELS), "logits must be .*int64"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS[:1]), r"labels must be .*got \(1,3\)"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS.int()), "labels must be .*int32"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS.to("meta")), "labels must be on cpu"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS + 5), "from 0 to C-1=4; got 5 to 5"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS - 100), "labels .* got -100 to -100"),
+        (lambda: ops.mined_cross_entropy(LOGITS, LABELS, -1), "_per_positive must be at least 0"),
         (lambda: ops.postprocess(LOC, LOGITS, B[:2]), r"postprocess: loc must be .*P=2"),
         (lambda: ops.postprocess(LOC[:1], LOGITS, B), "postprocess: loc must be .*like logits"),
         (lambda: ops.postprocess(LOC[..., :3], LOGITS, B), "postprocess: loc must be"),
@@ -637,3 +749,5 @@ def test_kernels_guard_their_memory():
     for offsets in ([0, 4], [-1, 3], [0, 2, 1]):
         with pytest.raises(RuntimeError, match="offsets must rise"):
             torch.ops.scratchdet.match(B, B, torch.tensor(offsets), 0.5)
+    for label in (5, -1, 2**40):
+        assert torch.ops.scratchdet.mined_cross_entropy(LOGITS, LABELS + label, 3).isnan().all()

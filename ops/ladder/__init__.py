@@ -20,18 +20,20 @@ def load(device, flags=(), *, final=False, label="ladder"):
 
     Raises ops.BuildError.
 
-    `final` adds the final kernels match, nms and postprocess, under another name than the ops that
-    they override elsewhere: so a test can call them beside the CPU's. Libraries of different
-    `flags` have different labels.
+    `final` adds the final kernels (ops.NAMES, and the backward of one), under another name than the
+    ops that they override elsewhere: so a test can call them beside the CPU's. Libraries of
+    different `flags` have different labels.
     """
     space = f"scratchdet_{label}_{device}"
     names = CPU if device == "cpu" else [*NMS, *MATCH, *(NAMES if final else ())]
-    for name in names:
-        schema = str(getattr(torch.ops.scratchdet, name.split("_")[0]).default._schema)
+    defined = [*names, "mined_cross_entropy_backward"] if final else names
+    for name in defined:
+        op = name.split("_")[0] if name in (*NMS, *MATCH, *CPU) else name  # nms_1_pairs is an nms
+        schema = str(getattr(torch.ops.scratchdet, op).default._schema)
         if not hasattr(getattr(torch.ops, space), name):
             torch.library.define(f"{space}::{name}", schema[schema.index("(") :])
     suffix = ".cpp" if device == "cpu" else ".cu"
     sources = [f"{'' if name in NAMES else 'ladder/'}{name}{suffix}" for name in names]
     flags = [f"-DOP_NAMESPACE={space}", *flags]
     build(f"{label}_{device}", sources, flags, emulate=device == "emulate")
-    return {name: getattr(getattr(torch.ops, space), name).default for name in names}
+    return {name: getattr(getattr(torch.ops, space), name).default for name in defined}
