@@ -71,6 +71,7 @@ except ImportError:  # Windows
 
 MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # samplers 1 to 5; 0 is the whole, 6 any crop
 TRIALS = 50
+PREFETCH = 4  # batches that wait, for each worker
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 PLAIN = (0.0, 0.0, 1.0, 1.0, 0.0)  # parameters of `distort` that change nothing
 
@@ -408,7 +409,7 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> 
         collate_fn=as_it_is,
         pin_memory=pin,
         worker_init_fn=start_worker,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         generator=torch.Generator(),  # else it draws from the global one, which resuming restores
     )
     # torch reports a dead worker from a signal handler, that is in the middle of anything, such as

@@ -437,6 +437,21 @@ def check_space(model: ScratchDet, args: argparse.Namespace) -> float:
     return 3 * size / 1e9
 
 
+def check_shared_memory(micro: int, args: argparse.Namespace) -> None:
+    """Workers hand batches over in /dev/shm; ValueError where it is too small (64 MB in Docker)."""
+    shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not args.workers or not shm.exists():
+        return
+    each = data.PREFETCH * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
+    needed, free = args.workers * each, shutil.disk_usage(shm).free
+    if needed > free:
+        raise ValueError(
+            f"--workers {args.workers}: their batches need up to {needed / 1e9:.3f} GB of "
+            f"/dev/shm, {free / 1e9:.3f} GB are free. Use --workers {int(free // each)}, or give "
+            "it more (docker run --shm-size 4g)"
+        )
+
+
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, device) -> ScratchDet:
     """The network: of the checkpoint, or from a file (--pretrained, --init-from), or random."""
     if checkpoint:  # its input may be --pretrained's, its priors --init-from's
@@ -648,6 +663,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = make_model(args, classes, checkpoint, device)
     args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
     gib, gb = check_memory(model, micro, args), check_space(model, args)
+    check_shared_memory(micro, args)
     optimizer, ema, first, skipped = make_state(model, args, checkpoint)
     network = wrap(model.train(), args, world)
 

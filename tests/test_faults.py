@@ -212,6 +212,20 @@ def test_too_little_disk_is_said_before_the_first_step(shapes_root, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_too_little_shared_memory_is_said_before_the_first_step(shapes_root, tmp_path, monkeypatch):
+    """Two workers, 4 batches of 2 images each: 4.3 MB. Docker gives 64, for all there is."""
+    usage = train.shutil.disk_usage(tmp_path)
+
+    def small(path):
+        return usage._replace(free=3e6) if str(path) == "/dev/shm" else usage
+
+    monkeypatch.setattr(train.shutil, "disk_usage", small)
+    flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2)
+    with pytest.raises(ValueError, match="need up to 0.004 GB of /dev/shm.*--workers 1, or"):
+        train.main([*flags, "--workers", "2"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_bench_times_the_parts_of_a_step(shapes_root, tmp_path, capsys):
     flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2, "--width", 0.01)
     parts = train.main([*flags, "--bench"])
