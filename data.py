@@ -635,12 +635,14 @@ def check(sources: list, found: Findings, workers: int) -> int:
                 print(f"{title:8} {place}  {what}")
             if len(places) > len(places[:most]):
                 print(f"{title:8} ... and {len(places) - most} more: {what}")
-    counts = [len({p for places in kinds.values() for p in places})
-              for kinds in (found.refused, found.handled, found.notes)]  # fmt: skip
+    refused, handled, notes = (
+        len(set(itertools.chain(*kinds.values())))
+        for kinds in (found.refused, found.handled, found.notes)
+    )
     objects = sum(len(record.labels) for record in records.values())
-    print(f"{len(records)} images, {objects} objects: {counts[0]} places that training refuses, "
-          f"{counts[1]} that it handles, {counts[2]} notes")  # fmt: skip
-    return 1 if counts[0] or counts[1] else 0
+    print(f"{len(records)} images, {objects} objects: {refused} places that training refuses, "
+          f"{handled} that it handles, {notes} notes")  # fmt: skip
+    return 1 if refused or handled else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,9 +73,8 @@ class Progress:
         if now - self.said < (0.5 if self.live else 30) and not (self.live and done == self.total):
             return
         eta = round((self.total - done) / max(1e-9, rate))
-        line = (
-            f"{self.what} {done}/{self.total}  {rate:.1f} images/s  ETA {eta // 60}:{eta % 60:02}"
-        )
+        line = f"{self.what} {done}/{self.total}  {rate:.1f} images/s  "
+        line += f"ETA {eta // 60}:{eta % 60:02}"
         print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True,
               end="\n" if not self.live or done == self.total else "")  # fmt: skip
         self.said = now
@@ -380,9 +379,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--coco-split", metavar="SPLIT", help="default val2017")
     g.add_argument("--images", metavar="DIR|FILE", help="your own pictures: detect, do not measure")
     g = parser.add_argument_group("detection")
-    g.add_argument(
-        "--multi-scale", action="store_true", help="our recipe: 9 scales, mirrored, voted"
-    )
+    g.add_argument("--multi-scale", action="store_true", help="our recipe: 9 scales, mirrored")
     g.add_argument("--min-score", type=float, default=0.3, help="of what is drawn or printed")
     g = parser.add_argument_group("output")
     g.add_argument("--draw", metavar="DIR", help="write the images with boxes, labels and scores")
@@ -390,9 +387,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--results", metavar="FILE", help="COCO results JSON")
     g.add_argument("--comp4", metavar="DIR|FILE", help="VOC server files; FILE.tar.gz: the archive")
     g.add_argument("--export", metavar="FILE", help="write network + decoding by torch.export")
-    g.add_argument(
-        "--fps", action="store_true", help="time it, batch 1 and 8, with and without NMS"
-    )
+    g.add_argument("--fps", action="store_true", help="time batch 1 and 8, with and without NMS")
     g = parser.add_argument_group("system")
     g.add_argument("--batch-size", type=int, default=8)
     g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
@@ -543,9 +538,8 @@ def main(argv: list[str] | None = None) -> None:
     metric = metric_of(kind, sets)
     if args.fps:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        print(
-            f"float32{', convolutions in TF32' if tf32 else ''}, {model.config.size} px, images/s"
-        )
+        kind = f"float32{', convolutions in TF32' if tf32 else ''}"
+        print(f"{kind}, {model.config.size} px, images/s")
         for n in (1, 8):
             alone, whole = frames_per_second(model, records, batch_size=n)
             print(f"batch {n}: network {alone:.1f}, with decoding and NMS {whole:.1f}")

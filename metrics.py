@@ -11,9 +11,13 @@ Boxes here are `_xyxy` in PIXELS of the original image, not in units of the imag
 References: the VOC2007 devkit (VOCevaldet); COCOeval of pycocotools.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray as Array
+
+from records import Record
 
 SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)}  # of objects, see voc_ap
 COCO_NAMES = (  # in the order of COCOeval.stats
@@ -30,9 +34,9 @@ PAIRS_AT_ONCE = 1 << 20  # bounds the memory of the IoUs to some 100 MB
 class Detections(NamedTuple):
     """What a detector says about one image."""
 
-    boxes_xyxy: np.ndarray  # (D, 4) pixels of the original image
-    scores: np.ndarray  # (D,)
-    labels: np.ndarray  # (D,) int64, 1.. as in the records
+    boxes_xyxy: Array  # (D, 4) pixels of the original image
+    scores: Array  # (D,)
+    labels: Array  # (D,) int64, 1.. as in the records
 
 
 # ---------------------------------------------------------------------------------- matching rows
@@ -41,12 +45,14 @@ class Detections(NamedTuple):
 class Rows(NamedTuple):
     """The boxes of all images, one a row; `key` numbers the (class, image) a box belongs to."""
 
-    key: np.ndarray  # (R,) int64: (label - 1) * images + image
-    boxes_xyxy: np.ndarray  # (R, 4) float64
-    area: np.ndarray  # (R,) of the box, by the metric's own rule
+    key: Array  # (R,) int64: (label - 1) * images + image
+    boxes_xyxy: Array  # (R, 4) float64
+    area: Array  # (R,) of the box, by the metric's own rule
 
 
-def flatten(records, detections, num_classes, *, by_number=False):
+def flatten(
+    records: list[Record], detections: list[Detections], num_classes: int, *, by_number=False
+) -> tuple[list[Array], tuple[Array, Array]]:
     """All ground truth and all detections as flat arrays.
 
     The images come in the order of the lists or, `by_number`, in that of their names.
@@ -93,7 +99,9 @@ def flatten(records, detections, num_classes, *, by_number=False):
     return gt, (key[order], column(detections, "boxes_xyxy", shape=(-1, 4))[order])
 
 
-def overlaps(det, gt, min_iou, *, plus=0.0, crowd=None):
+def overlaps(
+    det: Rows, gt: Rows, min_iou: float, *, plus: float = 0.0, crowd: Array | None = None
+) -> list[Array]:
     """Every (detection, ground truth) of one class and image with IoU >= min_iou.
 
     Two `Rows`, gt sorted by key -> rows d (K,), rows g (K,), iou (K,), sorted by d, then g.
@@ -128,7 +136,9 @@ def overlaps(det, gt, min_iou, *, plus=0.0, crowd=None):
 # --------------------------------------------------------------------------------------- VOC
 
 
-def voc_ap(records, detections, num_classes, iou_threshold=0.5):
+def voc_ap(
+    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
+) -> dict:
     """Average precision by the VOC devkit's rules, both ways, for each class, and by size.
 
     A detection looks only at the ground truth of its class and image that it overlaps most (the
@@ -185,7 +195,7 @@ def voc_ap(records, detections, num_classes, iou_threshold=0.5):
     return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
 
 
-def interpolate(recall, precision, positives):
+def interpolate(recall: Array, precision: Array, positives: int) -> tuple[float, float]:
     """11-point AP and the area under the envelope, from the points at the true positives."""
     # precision only falls between true positives, so the best at recall >= r is at one of them
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
@@ -195,7 +205,7 @@ def interpolate(recall, precision, positives):
     return best[points].mean(), best.sum() / positives
 
 
-def mean(ap):
+def mean(ap: Array) -> float:
     """Mean over the classes that have ground truth; NaN where none has."""
     return float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
 
@@ -203,7 +213,7 @@ def mean(ap):
 # --------------------------------------------------------------------------------------- COCO
 
 
-def exact_sides(boxes_xyxy):
+def exact_sides(boxes_xyxy: Array) -> Array:
     """Widths and heights (R, 2), rounded to the decimal number they are, if they are one.
 
     In floating point x + w - x may miss w. A side of 32 has to stay 32: an area of 32 * 32, on the
@@ -215,7 +225,7 @@ def exact_sides(boxes_xyxy):
     return np.where(np.abs(decimal - sides) <= slack, decimal, sides)
 
 
-def coco_match(det, gt, crowd, gt_ignored):
+def coco_match(det: Rows, gt: Rows, crowd: Array, gt_ignored: Array) -> tuple[Array, Array]:
     """COCO's greedy matching for 10 IoU thresholds and 4 area ranges at once.
 
     Setting 10 * a + t (area range a, threshold t) is one bit of an integer, so one `&` answers all
@@ -251,7 +261,7 @@ def coco_match(det, gt, crowd, gt_ignored):
     return matched, hit
 
 
-def coco_ap(records, detections, num_classes):
+def coco_ap(records: list[Record], detections: list[Detections], num_classes: int) -> dict:
     """The 12 numbers of COCO's bounding-box evaluation, equal to those of pycocotools.
 
     `difficult` of a record is COCO's iscrowd, `area` the annotation's own. Images whose names are
@@ -322,7 +332,9 @@ def coco_ap(records, detections, num_classes):
 # ------------------------------------------------------------------------------ results
 
 
-def summarise(records, detections, classes, metric="voc"):
+def summarise(
+    records: list[Record], detections: list[Detections], classes: Sequence[str], metric="voc"
+) -> dict:
     """All numbers of one evaluation as plain data, None where there is nothing to measure.
 
     metric "voc07": "mAP" is the 11-point one; "voc": the area; "coco": COCO's AP.
@@ -363,7 +375,7 @@ def summarise(records, detections, classes, metric="voc"):
     return result
 
 
-def report(result):
+def report(result: dict) -> str:
     """The result of `summarise` as text."""
 
     def cell(x):

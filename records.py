@@ -240,13 +240,9 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
 
 def list_sets(root: str | Path) -> list[str]:
     """The sets of the trees in `root`, as read_voc takes them; lists of one class are left out."""
-    sets = []
-    for tree in (
-        Path(root),
-        *sorted(Path(root).glob("*")),
-        *sorted(Path(root).glob("VOCdevkit/*")),
-    ):
-        year = "" if tree == Path(root) else tree.name.removeprefix("VOC") + ":"
+    root, sets = Path(root), []
+    for tree in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))):
+        year = "" if tree == root else tree.name.removeprefix("VOC") + ":"
         for listing in sorted((tree / "ImageSets" / "Main").glob("*.txt")):
             if not re.search("_(train|val|trainval|test)$", listing.stem):
                 sets.append(year + listing.stem)
@@ -322,9 +318,8 @@ def read_voc(
                     raise BadData(where, f"no image {folder / image_id}.jpg")
                 if not xml.is_file():
                     raise BadData(where, f"no annotation {xml}")
-                images.append(
-                    (image_id, paths[image_id], *read_annotation(xml, paths[image_id], found))
-                )
+                path = paths[image_id]
+                images.append((image_id, path, *read_annotation(xml, path, found)))
             except BadData as error:
                 found.refuse(error.where, error.what)
     if classes is None:
@@ -334,9 +329,8 @@ def read_voc(
     for image_id, path, size, rows in images:
         for name, _, _, where in rows:
             if name not in classes:
-                found.refuse(
-                    where, f"class {name[:60]!r} is none of {', '.join(classes)}; --classes FILE"
-                )
+                what = f"class {name[:60]!r} is none of {', '.join(classes)}; --classes FILE"
+                found.refuse(where, what)
         rows = [row for row in rows if row[0] in classes]
         boxes = np.array([box for _, box, _, _ in rows], np.float64).reshape(-1, 4)
         labels = np.array([classes.index(name) + 1 for name, *_ in rows], np.int64)

@@ -1,7 +1,6 @@
 """The default data set: pictures of drawn shapes, written as a real VOC tree.
 
-Six classes whose colour and texture say nothing about the class, on textured grounds; 1 to 6
-objects an image, the longer side log-uniform from 20 to 220 px, about every fifth on another.
+Six classes, of which colour and texture say nothing, on textured grounds; 1 to 6 objects an image.
 """
 
 import itertools
@@ -122,9 +121,8 @@ def draw_shapes(
 ) -> Path:
     """Draws the default data set once and returns its root, for `read_voc(root, ["2007:train"])`.
 
-    A VOC tree with the sets 2007:train and 2007:test from different seeds; six classes whose
-    colour and texture say nothing about the class. Boxes are the whole outline, covered parts
-    included, in pixel edges (xmax - xmin is the width).
+    A VOC tree with the sets 2007:train and 2007:test, from different seeds. Boxes are the whole
+    outline, covered parts included, in pixel edges (xmax - xmin is the width).
     """
     root = Path(folder) / f"shapes-4-{num_train}-{num_test}-{seed}"  # 4: version of the drawing
     if root.is_dir():
