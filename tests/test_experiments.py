@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 import scratchdet
 import train
 from data import VOC_CLASSES
-from experiments import baselines, transfer
+from experiments import baselines, peer_run, transfer
 from scratchdet import (
     Config,
     ScratchDet,
@@ -459,3 +460,25 @@ def test_training_starts_from_the_detector_and_resumes_its_own(tmp_path, rng, mo
     with pytest.raises(Stop):
         train.main([*flags, "--resume"])
     assert seen.pop().config.priors == "coco"
+
+
+# ------------------------------------------------------------------------- experiments/peer_run.py
+
+
+def test_peer_sees_the_same_pixels_and_boxes():
+    """0..1 inside the photograph, its mean outside, boxes in pixels, each image its own."""
+    batch = data.Batch(
+        images=torch.full((2, 3, 300, 300), 255, dtype=torch.uint8),
+        inside=torch.tensor([[0, 0, 300, 300], [0, 0, 150, 300]]),
+        colour=torch.tensor([data.PLAIN] * 2),
+        boxes_xyxy=torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.1, 0.2, 0.3, 0.4]]),
+        labels=torch.tensor([3, 7]), offsets=torch.tensor([0, 0, 2]), indices=torch.tensor([5, 6]),
+    )  # fmt: skip
+    full, half = peer_run.inputs(batch)
+    torch.testing.assert_close(full, torch.ones(3, 300, 300))
+    torch.testing.assert_close(half[:, :, :150], torch.ones(3, 300, 150))
+    assert (half[:, 0, 200] * 255).tolist() == pytest.approx([123, 117, 104])
+    empty, two = peer_run.targets(batch)
+    assert empty["boxes"].shape == (0, 4)
+    assert two["labels"].tolist() == [3, 7]
+    assert two["boxes"][0].tolist() == [0, 0, 150, 300]

@@ -1,0 +1,165 @@
+"""torchvision's SSD300-VGG16 from random weights, on the same images in the same time.
+
+    python experiments/peer_run.py --voc-root DIR --minutes 15 [--out runs/peer] [--resume]
+
+Its network, priors, loss and post-processing, and the recipe of its references/detection: SGD,
+0.002 for 32 images, momentum 0.9, decay 5e-4, a tenth at 80/120 and at 110/120 of the run. Our
+batches feed it (its own augmentation is SSD's, too) and our evaluation measures it, so the two runs
+differ in nothing else. `train.py --minutes` with the same sets is the other half of the comparison.
+
+Ctrl-C and SIGTERM save; --resume goes on. OUT/results.json as train.py's. Needs torchvision.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from metrics import Detections  # noqa: E402
+
+MEAN = (123.0, 117.0, 104.0)
+INPUT = SimpleNamespace(mean=MEAN, std=(255.0,) * 3, channels="rgb")  # as prepare() wants it
+
+
+def inputs(batch: data.Batch) -> list[Tensor]:
+    """What torchvision wants: images (3,300,300) in 0..1; outside the photograph, the mean."""
+    mean = torch.tensor(MEAN, device=batch.images.device)[:, None, None] / 255
+    return list(data.prepare(batch, INPUT) + mean)
+
+
+def targets(batch: data.Batch) -> list[dict[str, Tensor]]:
+    """Boxes in pixels of 300x300, and their labels, an entry an image."""
+    starts = batch.offsets.tolist()
+    return [{"boxes": 300 * batch.boxes_xyxy[a:b], "labels": batch.labels[a:b]}
+            for a, b in zip(starts[:-1], starts[1:], strict=True)]  # fmt: skip
+
+
+@torch.no_grad()
+def detections(model, records, batch_size: int, workers: int, device) -> list[Detections]:
+    """Of all records, in pixels of the original images."""
+    found, progress = [], evaluation.Progress(len(records), "evaluating")
+    for batch in data.ordered_batches(records, 300, batch_size=batch_size, workers=workers):
+        for i, one in zip(batch.indices.tolist(), model(inputs(data.to_device(batch, device))),
+                          strict=True):  # fmt: skip
+            w, h = records[i].size
+            boxes = one["boxes"].cpu() / 300 * torch.tensor([w, h, w, h])
+            rest = (one[key].cpu().numpy() for key in ("scores", "labels"))
+            found.append(Detections(boxes.numpy(), *rest))
+        progress(len(found))
+    return found
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train, evaluate; -> the results."""
+    from torchvision.models.detection import ssd300_vgg16
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--voc-root", metavar="DIR", required=True)
+    add("--train-sets", nargs="+", default=["2007:trainval", "2012:trainval"])
+    add("--eval-sets", nargs="+", default=["2007:test"])
+    add("--minutes", type=float, default=15, help="turned into iterations at the start")
+    add("--batch-size", type=int, default=32)
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
+    add("--cache", metavar="DIR")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", default="runs/peer")
+    add("--resume", action="store_true")
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    train.keep_large_tensors()
+    device, out = torch.device(args.device), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    records, classes = data.read_voc(args.voc_root, args.train_sets, data.VOC_CLASSES)
+    test, _ = data.read_voc(args.voc_root, args.eval_sets, classes)
+
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=1 + len(classes))
+    model = model.to(device, memory_format=torch.channels_last).train()
+    rate = 0.002 * args.batch_size / 32
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    bf16 = train.has_bf16(device)
+    first, iterations = 0, 0
+    if args.resume and (out / "last.pt").exists():
+        saved = torch.load(out / "last.pt", weights_only=True, map_location=device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, iterations = saved["step"], saved["iterations"]
+
+    def stream(step):
+        return data.batches(
+            records, 300, batch_size=args.batch_size, seed=args.seed, start_step=step,
+            workers=args.workers, cache=args.cache, pin=device.type == "cuda",
+        )  # fmt: skip
+
+    def one_step(batches) -> Tensor:
+        batch = data.to_device(next(batches), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = sum(model(inputs(batch), targets(batch)).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    batches = stream(first)
+    if not iterations:
+        states = model, optimizer
+        each = train.seconds_a_step(lambda: one_step(batches), states, 3 * args.minutes)
+        iterations = max(1, int(60 * args.minutes / each))
+        batches = stream(0)
+    print(f"{iterations:,} steps of {args.batch_size} images on {evaluation.machine(device)}, "
+          f"torch {torch.__version__}, {'bf16' if bf16 else 'fp32'}", flush=True)  # fmt: skip
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    begin = shown = time.perf_counter()
+    for step in range(first, iterations):
+        drops = (step >= iterations * 80 / 120) + (step >= iterations * 110 / 120)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.1**drops
+        loss, last = one_step(batches), step + 1 == iterations
+        if last or time.perf_counter() - shown > 20:
+            shown = time.perf_counter()
+            speed = (step + 1 - first) / (shown - begin)
+            left = (iterations - step - 1) / speed
+            print(
+                f"step {step + 1}/{iterations}  loss {loss.item():.3f}  "
+                f"{args.batch_size * speed:.1f} images/s  ETA {left:.0f} s",
+                flush=True,
+            )
+        if last or stop:
+            state = {"step": step + 1, "iterations": iterations, "model": model.state_dict()}
+            train.save(out / "last.pt", state | {"optimizer": optimizer.state_dict()})
+        if stop and not last:
+            print(f"stopped after {step + 1} steps; the same command with --resume goes on")
+            sys.exit(128 + stop[0])
+    found = detections(model.eval(), test, args.batch_size, args.workers, device)
+    results = evaluation.summarise(
+        test, found, classes, evaluation.metric_of("voc", args.eval_sets)
+    )
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    print(evaluation.report(results))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
