@@ -67,7 +67,7 @@ RECIPES = {
 # "budget" on a CPU: 25 images/s a core in place of 1. Flips alone: in so few images the full
 # augmentation shows too few large objects (compared on a part of VOC2007 train: docs/results.md).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
-SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "bench")
+SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -125,6 +125,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--out", metavar="DIR", help="folder of the run; else runs/RECIPE")
     add("--resume", action=yes_no, default=False, help="go on from OUT/last.pt if there is one")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
+    add("--eval-every", type=int, default=0, metavar="STEPS",
+        help="measure mAP on the way, too (not of averaged weights), into the log")
     add("--log-gradients", action=yes_no, default=True, help="log their L2 norm (Figure 1)")
     add("--skip-nonfinite", action=yes_no, default=False, help="leave such steps out, and count")
     add("--sync-bn", action=yes_no, default=False,
@@ -628,6 +630,11 @@ def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) ->
     print(f"\nskipped, not finite: {what}")
 
 
+def numbers(results: dict) -> dict:
+    """What of the results goes into the log: mAP by its names, and the cost."""
+    return {k: v for k, v in results.items() if k.startswith("mAP") or k == "cpu_minutes"}
+
+
 def show_progress(line: dict, seconds_left: float, total: int, shown: float) -> float:
     """The live line: each second on a terminal, else every 20 s. -> when it was last shown."""
     now, live, last = time.perf_counter(), sys.stdout.isatty(), line["step"] + 1 == total
@@ -680,6 +687,16 @@ def main(argv: list[str] | None = None) -> dict:
         update(optimizer, model, None, 0, args)
         mark("optimizer")
         return log
+
+    def measure() -> dict:
+        """The model's results on `test`, and the CPU minutes of all ranks until now."""
+        metric = evaluation.metric_of(args.data, args.eval_sets or ["2007:test"])
+        ranks = {"workers": args.workers, "rank": rank, "world": world}
+        results = evaluation.evaluate(model, test, metric=metric, **ranks)
+        cpu_seconds = torch.tensor(sum(os.times()[:4]), device=device)  # or since --resume
+        if world > 1:
+            dist.all_reduce(cpu_seconds)
+        return results | {"cpu_minutes": round(cpu_seconds.item() / 60, 2)}
 
     where = evaluation.machine(device)
     say(f"commit {commit()}, torch {torch.__version__}, {where}, {world} process(es)")
@@ -740,6 +757,12 @@ def main(argv: list[str] | None = None) -> dict:
             done = {"step": step + 1, "ema": ema, "skipped": skipped}
             save(out / "last.pt", done | checkpoint_of(model, optimizer, args))
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
+        if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+            paused, results = time.perf_counter(), measure()
+            begin += time.perf_counter() - paused
+            if lead:
+                log_file.write(json.dumps({"step": step} | numbers(results)) + "\n")
+                say(f"\nmAP {results['mAP'] or 0:.4f} after {step + 1} steps")
         if stopping and not last:
             say(f"\nstopped after {step + 1} steps; the same command with --resume goes on")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
@@ -749,14 +772,8 @@ def main(argv: list[str] | None = None) -> dict:
     # The result, with the averaged weights where there are any.
     if ema:
         model.load_state_dict(ema)
-    metric = evaluation.metric_of(args.data, args.eval_sets or ["2007:test"])
-    ranks = {"workers": args.workers, "rank": rank, "world": world}
-    results = evaluation.evaluate(model.eval(), test, metric=metric, **ranks)
     batches.close()  # its processes end, and count
-    cpu_seconds = torch.tensor(sum(os.times()[:4]), device=device)  # since the last --resume
-    if world > 1:
-        dist.all_reduce(cpu_seconds)
-    results["cpu_minutes"] = round(cpu_seconds.item() / 60, 2)
+    results = measure()
     if lead:
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(evaluation.report(results))

@@ -7,14 +7,12 @@ COLOURS = ("#1f5fbf", "#c23b22", "#2e8b57", "#b8860b", "#7b3fa0", "#444444")
 POINTS = 240  # of a drawn curve
 
 
-def read_log(folder):
-    """The rows of log.jsonl that are training steps; [] where there is no log."""
+def read_log(folder, what="loss"):
+    """The rows of log.jsonl that are training steps, or measurements on the way (what="mAP")."""
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = (
-        json.loads(line) for line in lines if line.endswith("\n")
-    )  # the last may be half written
-    return [row for row in rows if "loss" in row]
+    whole = (line for line in lines if line.endswith("\n"))  # the last may be half written
+    return [row for row in map(json.loads, whole) if what in row]
 
 
 def fluctuation(norms):

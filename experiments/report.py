@@ -426,20 +426,21 @@ def write_figures(folder: Path, runs: list[str]) -> None:
         print(folder / "detections.jpg")
 
 
-def write_budget(path: Path, runs: list[str]) -> None:
-    """mAP against what it cost, one point for each finished run, as SVG."""
+def write_budget(path: Path, folders: list[str]) -> None:
+    """mAP against what it cost as SVG: a line a run (`train.py --eval-every`), or a point."""
     panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
-    for run in map(read_run, runs):
-        if not run.results or "cpu_minutes" not in run.results:
-            raise ValueError(f"{run.name}: results.json has no cpu_minutes; the run has not ended")
-        args = run.about["args"]
-        costs = run.results["cpu_minutes"], args["iterations"] * args["batch_size"] / 1000
-        for points, cost in zip(panels.values(), costs, strict=True):
-            for key, name in (("mAP_11point", "11-point"), ("mAP_area", "area")):
-                points.setdefault(name, []).append((cost, run.results[key]))
-    for points in panels.values():
-        for line in points.values():
-            line.sort()
+    minutes, images = panels.values()
+    for folder in map(Path, folders):
+        run = read_run(folder)
+        args, measured = run.about["args"], figures.read_log(folder, "mAP")
+        if run.results and "cpu_minutes" in run.results:
+            measured = [*measured, run.results | {"step": run.log[-1]["step"]}]
+        if not measured:
+            raise ValueError(f"{folder}: nothing was measured there. A run that has ended, or one "
+                             "with --eval-every, would do")  # fmt: skip
+        minutes[run.name] = [(row["cpu_minutes"], row["mAP"]) for row in measured]
+        images[run.name] = [((row["step"] + 1) * args["batch_size"] / 1000, row["mAP"])
+                            for row in measured]  # fmt: skip
     path.write_text(figures.curves(panels), encoding="utf-8")
     print(path)
 
@@ -449,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--out", help="the page; default report.html. With --figures the folder")
     parser.add_argument("--figures", action="store_true", help="draw docs/figures instead")
-    parser.add_argument("--budget", metavar="SVG", help="draw mAP against cost, a point a run")
+    parser.add_argument("--budget", metavar="SVG", help="draw mAP against its cost")
     args = parser.parse_args(argv)
     if args.budget:
         return write_budget(Path(args.budget), args.runs)

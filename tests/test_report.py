@@ -217,13 +217,16 @@ def test_gradients_figure_names_its_runs(tmp_path):
     assert "BN &lt;all&gt;" in svg
 
 
-def test_budget_figure_has_a_point_for_each_run(tmp_path, capsys):
-    runs = [str(make_run(tmp_path / f"run{steps}", steps=steps)) for steps in (60, 20)]
-    report.main(["--budget", str(tmp_path / "budget.svg"), *runs])
+def test_budget_figure_has_a_line_for_each_run(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"run{steps}", steps=steps) for steps in (60, 20)]
+    with open(runs[0] / "log.jsonl", "a") as log:  # --eval-every 30
+        log.write(json.dumps({"step": 29, "mAP": 0.2, "cpu_minutes": 3.1}) + "\n")
+    report.main(["--budget", str(tmp_path / "budget.svg"), *map(str, runs)])
     svg = (tmp_path / "budget.svg").read_text()
-    assert svg.count("<circle") == 2 * 2 * 2  # panels, 11-point and area, runs
+    assert svg.count("<circle") == 2 * (2 + 1)  # panels, points of each run
     assert ">6</text>" in svg  # CPU minutes
     assert ">3</text>" in svg  # thousands of images
+    assert len(report.read_run(runs[0]).log) == 60
     (tmp_path / "run20" / "results.json").unlink()
-    with pytest.raises(ValueError, match="run20: .* has not ended"):
-        report.main(["--budget", str(tmp_path / "budget.svg"), *runs])
+    with pytest.raises(ValueError, match="run20: nothing was measured"):
+        report.main(["--budget", str(tmp_path / "budget.svg"), *map(str, runs)])

@@ -364,6 +364,17 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     assert_same_run(whole_run, tmp_path)
 
 
+def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
+    train.main(run_flags(shapes_root, tmp_path, "--eval-every", 2))
+    assert_same_run(whole_run, tmp_path)
+    measured = [line for line in log_of(tmp_path) if "mAP" in line]
+    assert [line["step"] for line in measured] == [1, 3]
+    assert all(0 <= line["mAP_area"] <= 1 for line in measured)
+    minutes = [line["cpu_minutes"] for line in measured]
+    end = json.loads((tmp_path / "results.json").read_text())["cpu_minutes"]
+    assert 0 < minutes[0] <= minutes[1] <= end
+
+
 def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shapes_root, tmp_path):
     with pytest.raises(ValueError, match="--batch-size 8.*started with 4"):
         train.main(run_flags(shapes_root, whole_run, "--resume", "--batch-size", 8))
