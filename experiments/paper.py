@@ -306,8 +306,8 @@ def test_name(row):
 
 
 def values(found, metric):
-    """The numbers of the finished runs: percent, or hours."""
-    factor = 1 if metric == "hours" else 100
+    """The numbers of the finished runs: percent, or hours, or the loss at the end."""
+    factor = 1 if metric in ("hours", "loss") else 100
     got = [one.get(metric) for one in found.values() if one["state"] == "done"]
     return [factor * v for v in got if v is not None]
 
@@ -337,8 +337,9 @@ def result(row, found, metric):
 
 
 def verdict(better, worse, metric):
-    """What our runs say to "better > worse". Nothing, inside the spread of the seeds."""
-    a, b = values(better, metric), values(worse, metric)
+    """What our runs say to "better > worse" (of a loss <). Nothing, inside the seeds' spread."""
+    sign = -1 if metric == "loss" else 1
+    a, b = ([sign * v for v in values(found, metric)] for found in (better, worse))
     a_lost, b_lost = ([o for o in x.values() if o["state"] == "diverged"] for x in (better, worse))
     if len(a) + len(a_lost) < 2 or len(b) + len(b_lost) < 2:
         return "no claim: fewer than two seeds of each"
@@ -350,10 +351,10 @@ def verdict(better, worse, metric):
         return f"no claim: {len(a_lost)} and {len(b_lost)} runs diverged"
     difference = sum(a) / len(a) - sum(b) / len(b)
     if min(a) > max(b):
-        return f"yes, by {difference:.1f}: every seed above every seed of the other"
+        return f"yes, by {difference:.2f}: every seed better than every seed of the other"
     if max(a) < min(b):
-        return f"no, the other way round, by {-difference:.1f}"
-    return f"no claim: {difference:+.1f} lies inside the spread of the seeds"
+        return f"no, the other way round, by {-difference:.2f}"
+    return f"no claim: a difference of {abs(difference):.2f} lies inside the spread of the seeds"
 
 
 # ------------------------------------------------------------------------------ what to run
@@ -580,11 +581,19 @@ def markdown(name, scale, args):
             cells.append(f"{sum(got) / len(got):.{digits}f}" if got else "-")
         lines.append(f"| {' | '.join(cells)} |")
     if table.claims:
-        lines += ["", "What these runs say to the paper's claims:", ""]
+        lines += [
+            "",
+            "What these runs say to the paper's claims. Loss at the end: the mean over the last "
+            "twentieth of the steps.",
+            "",
+            "| the claim | better | than | by mAP | by the loss at the end |",
+            "|---|---|---|---|---|",
+        ]
         for a, b, text in table.claims:
             if (a, "") in found and (b, "") in found:
-                answer = verdict(found[a, ""], found[b, ""], table.metric)
-                lines.append(f"- {text} (`{a}` against `{b}`): {answer}.")
+                pair = found[a, ""], found[b, ""]
+                lines.append(f"| {text} | `{a}` | `{b}` | {verdict(*pair, table.metric)} "
+                             f"| {verdict(*pair, 'loss')} |")  # fmt: skip
     lines += ["", "Commands (seed 0):", "", "```"]
     budget = find_budget(table, scale, args)
     lines += [shown(command(row, scale, 0, args, budget), args) for row in rows]

@@ -183,9 +183,9 @@ def runs(*numbers):
 @pytest.mark.parametrize(
     ("better", "worse", "start"),
     [
-        ((20, 21, 22), (17, 18, 19), "yes, by 3.0"),
-        ((20, 21, 22), (17, 18, 20), "no claim: +2.7 lies inside the spread"),
-        ((17, 18, 19), (20, 21, 22), "no, the other way round, by 3.0"),
+        ((20, 21, 22), (17, 18, 19), "yes, by 3.00"),
+        ((20, 21, 22), (17, 18, 20), "no claim: a difference of 2.67 lies inside the spread"),
+        ((17, 18, 19), (20, 21, 22), "no, the other way round, by 3.00"),
         ((20, 21), (None, None, None), "yes: every run of the other diverged (3 of 3)"),
         ((None, None), (20, 21), "no, the other way round: every run of it diverged"),
         ((20, 21, 22), (None, 3, 4), "no claim: 0 and 1 runs diverged"),
@@ -198,6 +198,13 @@ def test_nothing_is_claimed_inside_the_spread(better, worse, start):
     assert paper.verdict(runs(*better), runs(*worse), "mAP").startswith(start)
 
 
+def test_of_two_losses_the_lower_is_the_better():
+    low, high = ({i: {"state": "done", "loss": x + i} for i in (0, 1)} for x in (5.0, 7.5))
+    assert paper.verdict(low, high, "loss").startswith("yes, by 2.50")
+    assert paper.verdict(high, low, "loss").startswith("no, the other way round, by 2.50")
+    assert paper.verdict(low, runs(None, None), "loss").startswith("yes: every run of the other")
+
+
 def test_the_page_has_the_papers_numbers_ours_and_the_commands(args, tmp_path):
     for key, numbers in {"bn-all-0.05": (0.20, 0.22), "bn-none-0.05": (0.1, 0.11)}.items():
         for seed, number in enumerate(numbers):
@@ -208,7 +215,10 @@ def test_the_page_has_the_papers_numbers_ours_and_the_commands(args, tmp_path):
         "| BN all, learning rate 0.05 | 78.7 | 21.0 [20.0, 22.0] | 10.5 [10.0, 11.0] | 2 |" in text
     )
     assert "| BN none, learning rate 0.05 | NaN | 10.5 [10.0, 11.0] | 5.2 [5.0, 5.5] | 2 |" in text
-    assert "(`bn-all-0.05` against `bn-none-0.05`): yes, by 10.5" in text
+    assert "| `bn-all-0.05` | `bn-none-0.05` | yes, by 10.50: every seed" in text
+    assert (
+        text.count("| no claim: a difference of 0.00 lies") == 1
+    )  # by the loss, equal in all runs
     assert "commit abc; torch 2.0; on one core; training images seen a run 32" in text
     assert "measured on 2007:val" in text
     assert "--voc-root DIR" in text
