@@ -511,6 +511,11 @@ class ScratchDet(nn.Module):
                 nn.init.zeros_(conv.bias)
 
         sizes = self.map_sizes(config.size, config.size)
+        if len(sizes) < len(channels):
+            raise ValueError(
+                f"size = {config.size}: only {len(sizes)} of {len(channels)} maps are left of such "
+                "an image. Choose a larger one: 257 is the least for six maps"
+            )
         expected = getattr(self.features, "maps_300", MAPS_300)
         if config.size == 300 and sizes != [(s, s) for s in expected]:
             raise ValueError(

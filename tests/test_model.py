@@ -112,6 +112,13 @@ def test_a_network_without_the_six_maps_is_refused_at_construction(monkeypatch):
         on_meta(backbone="root-resnet18")
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg16"])
+def test_a_size_without_six_maps_is_refused(backbone):
+    assert len(on_meta(backbone=backbone, size=257).head.loc) == 6
+    with pytest.raises(ValueError, match="size = 256: only 5 of 6 maps.*257 is the least"):
+        on_meta(backbone=backbone, size=256)
+
+
 def test_priors_of_another_number_are_refused_at_construction(monkeypatch):
     rows = list(scratchdet.PRIORS["voc"])
     rows[0] = (30, 60, 8, (2, 3))
