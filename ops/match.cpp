@@ -48,7 +48,7 @@ struct Chunk {
     const float inter = std::min(w * h, area_b);
     const float prior = std::min(std::max(inter, smallest), largest);
     const float most = std::min(inter, prior);
-    return 1.0001f * most / (area_b + prior - most);  // 1.0001: more than rounding can add
+    return 1.0001f * most / (area_b + (prior - most));  // 1.0001: more than rounding can add
   }
 
   void iou_with(Box b, float area_b, float* value) const {

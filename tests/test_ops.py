@@ -320,6 +320,16 @@ def test_match_areas_that_underflow(device, rng):
             check_match(priors * tiny, boxes * tiny, offsets, threshold, device)
 
 
+def test_match_areas_whose_sum_overflows(device):
+    """3e38 + 2.25e38 is infinite: the second prior overlaps nothing, the first still a third."""
+    priors = torch.tensor([[0.5, -3e38, 0.75, 0.75], [0, -3e38, 1, 0.75]])
+    boxes = torch.tensor([[0.5, -3e38, 1.25, 1]])
+    assert reference.pairwise_iou(boxes, priors).tolist() == [[pytest.approx(1 / 3), 0]]
+    offsets = torch.tensor([0, 1])
+    matched = ops.match(priors.to(device), boxes.to(device), offsets.to(device))
+    assert matched.tolist() == reference.match(priors, boxes, offsets, 0.5).tolist() == [[0, -1]]
+
+
 def test_match_rows_count_over_the_batch(device):
     boxes = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.5, 0.5]])
     expected = torch.tensor([[0, -1], [-1, -1], [2, 1]])
