@@ -115,7 +115,7 @@ def test_a_network_without_the_six_maps_is_refused_at_construction(monkeypatch):
 @pytest.mark.parametrize("backbone", ["resnet18", "vgg16"])
 def test_a_size_without_six_maps_is_refused(backbone):
     assert len(on_meta(backbone=backbone, size=257).head.loc) == 6
-    with pytest.raises(ValueError, match="size = 256: only 5 of 6 maps.*257 is the least"):
+    with pytest.raises(ValueError, match=f"size = 256: {backbone} makes 5 maps .* not 6"):
         on_meta(backbone=backbone, size=256)
 
 
