@@ -513,8 +513,8 @@ class ScratchDet(nn.Module):
         sizes = self.map_sizes(config.size, config.size)
         if len(sizes) < len(channels):
             raise ValueError(
-                f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an image, "
-                f"not {len(channels)}. Choose a larger one: 300 is the paper's"
+                f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an "
+                f"image, not {len(channels)}. Choose a larger one: 300 is the paper's"
             )
         expected = getattr(self.features, "maps_300", MAPS_300)
         if config.size == 300 and sizes != [(s, s) for s in expected]:
