@@ -603,7 +603,8 @@ def markdown(name, scale, args):
 def shown(words, args):
     """A command as it may be published: where things lie on this machine is nobody's affair."""
     text, places = shlex.join(words), {args.runs: "RUNS", args.out: "OUT", args.weights: "WEIGHTS"}
-    for path, name in (places | {args.voc_root: "DIR", args.coco_root: "COCO_DIR"}).items():
+    places |= {args.voc_root: "DIR", args.coco_root: "COCO_DIR"}
+    for path, name in sorted(places.items(), key=lambda x: -len(str(x[0]))):  # a/b before a
         if path and Path(path).is_absolute():
             text = text.replace(str(path), name)
     return text
