@@ -84,6 +84,7 @@ def test_every_command_is_one_that_the_programs_take(scale, args):
             Config(flags.backbone, flags.bn, flags.width, stem, flags.extras, priors=flags.priors)
             if scale == "laptop":
                 assert flags.width <= 0.25, (name, row.key)
+                assert "--batch-size" in words, (name, row.key)  # --images is divided by it
             else:
                 assert flags.width == 1
                 assert flags.batch_size == 128
