@@ -648,8 +648,7 @@ if __name__ == "__main__":
     )
     add_config_flags(parser)
     args = parser.parse_args()
-    flags = vars(args) | {"stem": args.stem and tuple(args.stem), "std": tuple(args.std)}
     try:
-        print(summary(ScratchDet(Config(**flags))))
+        print(summary(ScratchDet(Config.from_dict(vars(args)))))
     except ValueError as e:
         parser.error(str(e))

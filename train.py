@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 # Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
@@ -466,11 +466,9 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, device) 
         model = ScratchDet(Config.from_dict(saved))
         model.load_state_dict(checkpoint["model"])
     else:
-        config = Config(
-            backbone=args.backbone, bn=args.bn, width=args.width, extras=args.extras,
-            stem=args.stem and tuple(args.stem), classes=classes, priors=args.priors,
-            size=args.size, std=tuple(args.std),
-        )  # fmt: skip
+        names = {field.name for field in fields(Config)}
+        flags = {name: value for name, value in vars(args).items() if name in names}
+        config = Config.from_dict(flags | {"classes": classes})
         model = transfer.start(config, args.pretrained, args.init_from)
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model

@@ -67,14 +67,13 @@ def curves(panels, width=330, height=240):
         parts.append(text(left + w, top + h + 16, f"{x_max:g}", "end"))
         for name, line in lines.items():
             some = line[:: max(1, len(line) // POINTS)] + line[-1:]
-            path = " ".join(f"{left + w * x / x_max:.1f},{top + h - h * y / y_max:.1f}"
-                            for x, y in some)  # fmt: skip
+            places = [(left + w * x / x_max, top + h - h * y / y_max) for x, y in some]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{path}" stroke="{colour[name]}" fill="none" '
                          f'stroke-width="1.5" clip-path="url(#frame{i})"/>')  # fmt: skip
-            if len(line) < 20:  # few enough to be told apart
-                for point in dict.fromkeys(path.split()):
-                    x, y = point.split(",")
-                    parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour[name]}"/>')
+            for x, y in places[: len(line)] if len(line) < 20 else ():  # few enough to tell apart
+                circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour[name]}"/>'
+                parts.append(circle)
     for i, name in enumerate(names):
         y = height + 4 + 18 * i
         parts.append(f'<path d="M46 {y}h24" stroke="{colour[name]}" stroke-width="3"/>')

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,14 +27,14 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from metrics import Detections  # noqa: E402
+from scratchdet import Config  # noqa: E402
 
-MEAN = (123.0, 117.0, 104.0)
-INPUT = SimpleNamespace(mean=MEAN, std=(255.0,) * 3, channels="rgb")  # as prepare() wants it
+INPUT = Config(std=(255.0,) * 3)  # for prepare(): (pixel - mean) / 255
 
 
 def inputs(batch: data.Batch) -> list[Tensor]:
     """What torchvision wants: images (3,300,300) in 0..1; outside the photograph, the mean."""
-    mean = torch.tensor(MEAN, device=batch.images.device)[:, None, None] / 255
+    mean = torch.tensor(INPUT.mean, device=batch.images.device)[:, None, None] / 255
     return list(data.prepare(batch, INPUT) + mean)
 
 

@@ -30,7 +30,8 @@ COCO_NAMES = {  # VOC's name: COCO's, where they differ (coco_voc_map.txt of Caf
 }
 
 
-NETWORK = ("backbone", "bn", "width", "stem", "extras", "size")  # what --init-from brings along
+# The flags that --init-from brings along from its checkpoint.
+NETWORK = ("backbone", "bn", "width", "stem", "extras", "size", "std")
 
 
 def network_flags(init_from: str | Path) -> dict:

@@ -1,4 +1,4 @@
-// The exponential of a softmax on the CPU, for the kernels whose loops the compiler vectorises.
+// Softmax on the CPU, for loops that the compiler vectorises: LANES priors at a time, one a lane.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -20,4 +20,18 @@ inline float exp_of_negative(float x) {
   sum = std::fma(sum, r, 1.0f);
   const uint32_t bits = std::bit_cast<uint32_t>(sum) + (std::bit_cast<uint32_t>(shifted) << 23);
   return x < -87.0f ? 0.0f : std::bit_cast<float>(bits) + (x - x);  // + NaN where x is NaN
+}
+
+// The rows of C logits of `lanes` priors, lane j's at logits + row_of(j) * C, turned into
+// x[k * LANES + j]; and the largest of each. A short last block repeats its first prior.
+template <int LANES, class RowOf>
+void load_block(const float* logits, int64_t c, int lanes, RowOf row_of, float* x,
+                float (&top)[LANES]) {
+  for (int j = 0; j < LANES; ++j) {
+    const float* row = logits + row_of(j < lanes ? j : 0) * c;
+    for (int64_t k = 0; k < c; ++k) x[k * LANES + j] = row[k];
+  }
+  for (int j = 0; j < LANES; ++j) top[j] = x[j];
+  for (int64_t k = 1; k < c; ++k)
+    for (int j = 0; j < LANES; ++j) top[j] = x[k * LANES + j] > top[j] ? x[k * LANES + j] : top[j];
 }

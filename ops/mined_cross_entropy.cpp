@@ -41,14 +41,7 @@ void cross_entropies(const float* logits, const int64_t* labels, int64_t p, int6
   for (int64_t start = 0; start < p; start += LANES) {
     const int lanes = std::min<int64_t>(LANES, p - start);
     float top[LANES], sum[LANES] = {};
-    for (int j = 0; j < LANES; ++j) {  // transpose; a short last block repeats its first prior
-      const float* row = logits + (start + (j < lanes ? j : 0)) * c;
-      for (int64_t k = 0; k < c; ++k) x[k * LANES + j] = row[k];
-    }
-    for (int j = 0; j < LANES; ++j) top[j] = x[j];
-    for (int64_t k = 1; k < c; ++k)
-      for (int j = 0; j < LANES; ++j)
-        top[j] = x[k * LANES + j] > top[j] ? x[k * LANES + j] : top[j];
+    load_block(logits, c, lanes, [&](int j) { return start + j; }, x.data(), top);
     for (int64_t k = 0; k < c; ++k)
       for (int j = 0; j < LANES; ++j) sum[j] += exp_of_negative(x[k * LANES + j] - top[j]);
     for (int j = 0; j < lanes; ++j) {

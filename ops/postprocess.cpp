@@ -74,14 +74,7 @@ void candidates(const float* logits, int64_t c, float threshold, const std::vect
   for (size_t start = 0; start < priors.size(); start += LANES) {
     const int lanes = std::min<size_t>(LANES, priors.size() - start);
     float top[LANES], sum[LANES] = {};
-    for (int j = 0; j < LANES; ++j) {  // transpose; a short last block repeats its first prior
-      const float* row = logits + priors[start + (j < lanes ? j : 0)] * c;
-      for (int64_t k = 0; k < c; ++k) x[k * LANES + j] = row[k];
-    }
-    for (int j = 0; j < LANES; ++j) top[j] = x[j];
-    for (int64_t k = 1; k < c; ++k)
-      for (int j = 0; j < LANES; ++j)
-        top[j] = x[k * LANES + j] > top[j] ? x[k * LANES + j] : top[j];
+    load_block(logits, c, lanes, [&](int j) { return (int64_t)priors[start + j]; }, x.data(), top);
     for (int64_t k = 0; k < c; ++k)
       for (int j = 0; j < LANES; ++j) {
         x[k * LANES + j] = exp_of_negative(x[k * LANES + j] - top[j]);
