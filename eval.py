@@ -14,12 +14,9 @@ Boxes here are `_xyxy` in PIXELS of the original image, not in units of the imag
 """
 
 import argparse
-import contextlib
 import io
 import json
 import os
-import platform
-import re
 import sys
 import tarfile
 import time
@@ -33,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import data
+import machine
 from metrics import Detections, coco_ap, report, summarise, voc_ap  # noqa: F401
 from ops.reference import decode
 from records import Record
@@ -324,20 +322,6 @@ def export(model: ScratchDet, path: str | Path) -> None:
     torch.export.save(program, path, extra_files={"classes.json": classes})
 
 
-def machine(device: torch.device | str) -> str:
-    """What a number was measured on."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def hardware(device: torch.device | str) -> str:
-    return f"{machine(device)}, torch {torch.__version__}"
-
-
 @torch.no_grad()
 def frames_per_second(model: ScratchDet, records: list[Record], batch_size: int) -> list[float]:
     """Images/s (network alone, network and detect), float32, on warped images already in memory."""
@@ -514,7 +498,8 @@ def main(argv: list[str] | None = None) -> None:
     classes, device = model.config.classes, model.priors_cxcywh.device
     print(
         f"{args.checkpoint}: {model.config.backbone}, {len(classes)} classes, step "
-        f"{checkpoint.get('step')}, commit {checkpoint.get('commit')}; on {hardware(device)}"
+        f"{checkpoint.get('step')}, commit {checkpoint.get('commit')}; on "
+        f"{machine.hardware(device)}"
     )
     if args.export:
         export(model, args.export)

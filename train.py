@@ -17,13 +17,11 @@ alone, and the checkpoint holds the rest.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from copy import deepcopy
@@ -36,10 +34,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 import data
 import eval as evaluation
+import machine
 import ops
 from experiments import report, step_bench, transfer
 from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
@@ -208,7 +206,7 @@ def average_weights(ema: dict[str, Tensor], model: nn.Module, decay: float) -> N
 
 def checkpoint_of(model: ScratchDet, optimizer: torch.optim.Optimizer, args) -> dict:
     """The run as plain data and tensors, but for how far it is."""
-    about = {"config": asdict(model.config), "args": vars(args), "commit": commit()}
+    about = {"config": asdict(model.config), "args": vars(args), "commit": machine.commit()}
     about |= {"torch": str(torch.__version__)}
     return about | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
@@ -249,68 +247,6 @@ def cut_log(path: Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
-
-
-# ------------------------------------------------------------------------------ the machine
-
-
-def keep_large_tensors() -> None:
-    """Tell glibc not to give memory back at every step: 1.5x the images/s on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1 & 0x7FFFFFFF)  # M_TRIM_THRESHOLD
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is fast there, not just possible."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    with contextlib.suppress(OSError):
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    return False
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes; infinity where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(s.split()[1]) for s in lines if s.startswith("MemAvailable")) * 1024
-    return math.inf
-
-
-def memory_needed(model: ScratchDet, images: int, bf16: bool) -> int:
-    """Bytes of a step: weights, and what is kept for backward (seen on the meta device)."""
-    seen, total = set(), 0
-
-    def pack(t: Tensor) -> Tensor:
-        nonlocal total
-        key = t.untyped_storage()._cdata
-        if key not in seen:
-            seen.add(key)
-            total += t.numel() * t.element_size()
-        return t
-
-    meta, size = deepcopy(model).to("meta").train(), model.config.size
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = meta(torch.empty(2, 3, size, size, device="meta"))
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    activations = (total - weights) / 2 * images * (0.5 if bf16 else 1) + 8 * size * size * images
-    del outputs
-    return int(1.2 * activations) + 4 * weights
-
-
-def commit() -> str:
-    """Of this code, with a + where files differ from it."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        rev = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
-        return rev.stdout.strip() + ("+" if dirty.stdout else "") or "unknown"
-    except OSError:
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------ the run
@@ -357,29 +293,6 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     return args, checkpoint
 
 
-def fresh_store() -> dict:
-    """Arguments of init_process_group. torchrun on one node keeps its store when it restarts ranks,
-    with the addresses of the dead ones in it (pytorch issue 135712): use other keys each time."""
-    env = os.environ.get
-    if env("TORCHELASTIC_USE_AGENT_STORE") != "True" or env("GROUP_WORLD_SIZE") != "1":
-        return {}
-    store, rank, world = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT')}", store)
-    return {"store": store, "rank": rank, "world_size": world}
-
-
-def start_ranks(args: argparse.Namespace) -> tuple[int, int, torch.device]:
-    """(rank, world, device); more than one process where torchrun started us."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
-    return rank, world, device
-
-
 def micro_batch(args: argparse.Namespace, world: int) -> int:
     """Images of one forward on one rank."""
     parts = world * args.accumulate
@@ -401,57 +314,6 @@ def micro_batch(args: argparse.Namespace, world: int) -> int:
             "--bn none"
         )
     return micro
-
-
-def check_memory(model: ScratchDet, micro: int, args: argparse.Namespace) -> float:
-    """GiB of a step; ValueError with the flag that helps where they are not free."""
-    device = model.priors_cxcywh.device
-    needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
-    if needed > free:
-        parts = next((n for n in range(2, micro) if micro % n == 0
-                      and memory_needed(model, micro // n, args.bf16) < free), None)  # fmt: skip
-        remedy = (
-            f"--accumulate {args.accumulate * parts} (BatchNorm then sees {micro // parts} images)"
-            if parts
-            else "--width 0.25 or a smaller --batch-size"
-        )
-        raise ValueError(
-            f"a step of {micro} images of {args.backbone} needs about {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free on {device}. Try {remedy}"
-        )
-    return needed / 2**30
-
-
-def check_space(model: ScratchDet, args: argparse.Namespace) -> float:
-    """GB of the run's checkpoints; ValueError where the disk has less."""
-    out = Path(args.out)
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    # weights, momentum and averaged weights; last.pt, previous.pt and the one being written
-    size = sum(p.numel() * p.element_size() for p in model.parameters()) * (3 if args.ema else 2)
-    missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
-    needed = size * len(missing)
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(
-            f"--out {out}: its checkpoints need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB "
-            "are free. Free some space, or choose another --out"
-        )
-    return 3 * size / 1e9
-
-
-def check_shared_memory(micro: int, args: argparse.Namespace) -> None:
-    """Workers hand batches over in /dev/shm; ValueError where it is too small (64 MB in Docker)."""
-    shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not args.workers or not shm.exists():
-        return
-    each = data.PREFETCH * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
-    needed, free = args.workers * each, shutil.disk_usage(shm).free
-    if needed > free:
-        raise ValueError(
-            f"--workers {args.workers}: their batches need up to {needed / 1e9:.3f} GB of "
-            f"/dev/shm, {free / 1e9:.3f} GB are free. Use --workers {int(free // each)}, or give "
-            "it more (docker run --shm-size 4g)"
-        )
 
 
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, device) -> ScratchDet:
@@ -586,8 +448,8 @@ def plan(args, images: int, step_seconds: float | None, gib: float, gb: float, d
 def open_log(out: Path, step: int, args, config: Config, where: str, world: int):
     """Writes run.json; opens log.jsonl, without its lines of `step` and later."""
     cut_log(out / "log.jsonl", step)
-    about = {"args": vars(args), "config": asdict(config), "commit": commit(), "machine": where}
-    about |= {"torch": str(torch.__version__), "processes": world}
+    about = {"args": vars(args), "config": asdict(config), "commit": machine.commit()}
+    about |= {"machine": where, "torch": str(torch.__version__), "processes": world}
     (out / "run.json").write_text(json.dumps(about, indent=1))
     return open(out / "log.jsonl", "a", buffering=1)
 
@@ -657,18 +519,18 @@ def show_progress(line: dict, seconds_left: float, total: int, shown: float) -> 
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = resolve(argv)
-    rank, world, device = start_ranks(args)
+    rank, world, device = machine.start_ranks(args)
     micro, lead, out = micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_: None
-    keep_large_tensors()
+    machine.keep_large_tensors()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # of one shape, all: seek the fastest way once
 
     train, test, classes = read_data(args)
     model = make_model(args, classes, checkpoint, device)
-    args.bf16 = has_bf16(device) if args.bf16 is None else args.bf16
-    gib, gb = check_memory(model, micro, args), check_space(model, args)
-    check_shared_memory(micro, args)
+    args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
+    gib, gb = machine.check_memory(model, micro, args), machine.check_space(model, args)
+    machine.check_shared_memory(micro, args)
     optimizer, ema, first, skipped = make_state(model, args, checkpoint)
     network = wrap(model.train(), args, world)
 
@@ -696,8 +558,8 @@ def main(argv: list[str] | None = None) -> dict:
             dist.all_reduce(cpu_seconds)
         return results | {"cpu_minutes": round(cpu_seconds.item() / 60, 2)}
 
-    where = evaluation.machine(device)
-    say(f"commit {commit()}, torch {torch.__version__}, {where}, {world} process(es)")
+    where = machine.processor(device)
+    say(f"commit {machine.commit()}, torch {torch.__version__}, {where}, {world} process(es)")
     if args.bench:
         batches, images = stream(0, micro), micro * args.accumulate
         parts = f"{world} process(es) x {args.accumulate} x {micro} images"

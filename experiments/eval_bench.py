@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from eval import hardware  # noqa: E402
+from machine import hardware  # noqa: E402
 from metrics import COCO_NAMES, coco_ap, voc_ap  # noqa: E402
 from tests.test_eval import by_pycocotools, random_case  # noqa: E402
 

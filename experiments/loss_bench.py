@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import ops  # noqa: E402
-from eval import hardware  # noqa: E402
+from machine import hardware  # noqa: E402
 from scratchdet import Config, cxcywh_to_xyxy, make_priors, multibox_loss  # noqa: E402
 
 try:

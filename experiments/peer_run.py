@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import machine  # noqa: E402
 import train  # noqa: E402
 from metrics import Detections  # noqa: E402
 from scratchdet import Config  # noqa: E402
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    train.keep_large_tensors()
+    machine.keep_large_tensors()
     device, out = torch.device(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     records, classes = data.read_voc(args.voc_root, args.train_sets, data.VOC_CLASSES)
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict:
     model = model.to(device, memory_format=torch.channels_last).train()
     rate = 0.002 * args.batch_size / 32
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    bf16 = train.has_bf16(device)
+    bf16 = machine.has_bf16(device)
     first, iterations = 0, 0
     if args.resume and (out / "last.pt").exists():
         saved = torch.load(out / "last.pt", weights_only=True, map_location=device)
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict:
         each = train.seconds_a_step(lambda: one_step(batches), states, 3 * args.minutes)
         iterations = max(1, int(60 * args.minutes / each))
         batches = stream(0)
-    print(f"{iterations:,} steps of {args.batch_size} images on {evaluation.machine(device)}, "
+    print(f"{iterations:,} steps of {args.batch_size} images on {machine.processor(device)}, "
           f"torch {torch.__version__}, {'bf16' if bf16 else 'fp32'}", flush=True)  # fmt: skip
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,8 +11,6 @@ as a part of the whole loss, by experiments/loss_bench.py.
 """
 
 import argparse
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import machine
 import ops
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
@@ -285,19 +284,6 @@ def bench_build(table):
 # ------------------------------------------------------------------------------- the report
 
 
-def hardware():
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        name = found[1]
-    try:
-        git = ["git", "-C", str(README.parent), "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return f"{name}, 1 thread, torch {torch.__version__}, commit {commit}"
-
-
 def write_readme(text):
     readme = README.read_text() if README.exists() else "# ops\n"
     if BEGIN not in readme:
@@ -314,7 +300,8 @@ def main():
     if not ops.COMPILED["cpu"] or ops.MODE == "emulate":
         raise SystemExit(f"error: the CPU kernels are not loaded ({ops.describe()})")
     rng = torch.Generator().manual_seed(0)
-    where = hardware()  # before the minutes in which somebody may commit
+    # Now, before the minutes in which somebody may commit.
+    where = f"{machine.hardware('cpu')}, commit {machine.commit()}"
     print(where, "\n" + ops.describe(), flush=True)
     seconds = 0.1 if quick else 1.0
     cpu = Table()

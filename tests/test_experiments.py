@@ -427,7 +427,7 @@ def test_training_starts_from_the_detector_and_resumes_its_own(tmp_path, rng, mo
     source = checkpoint(tmp_path / "coco.pt", rng, classes=tuple(COCO), priors="coco")
     names = ("dog", "cat", "sofa")
     monkeypatch.setattr(train, "read_data", lambda args: ([0], [0], names))
-    monkeypatch.setattr(train, "check_memory", lambda *args: 0.0)
+    monkeypatch.setattr(train.machine, "check_memory", lambda *args: 0.0)
     seen = []
 
     class Stop(Exception):

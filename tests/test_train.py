@@ -540,14 +540,14 @@ def test_a_missing_image_and_no_objects_are_named(shapes_root, tmp_path, monkeyp
 
 def test_a_plan_that_does_not_fit_the_memory_names_what_would(shapes_root, tmp_path, monkeypatch):
     needed = []
-    real = train.memory_needed
+    real = train.machine.memory_needed
 
     def counted(model, images, bf16):
         needed.append((images, real(model, images, bf16)))
         return needed[-1][1]
 
-    monkeypatch.setattr(train, "memory_needed", counted)
-    monkeypatch.setattr(train, "free_memory", lambda device: 1.5 * 2**30)
+    monkeypatch.setattr(train.machine, "memory_needed", counted)
+    monkeypatch.setattr(train.machine, "free_memory", lambda device: 1.5 * 2**30)
     flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--backbone", "root-resnet34")
     with pytest.raises(ValueError, match="GiB") as caught:
         train.main([*flags, "--width", "1", "--batch-size", "128"])
