@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 OPS = Path(__file__).resolve().parent
@@ -59,16 +61,17 @@ def main(arguments):
     sources = sources or sorted(OPS.glob("*.cu")) + sorted(OPS.glob("ladder/*.cu"))
     failed = not sources
     print(f"{'file':22} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
-    for source in sources:
-        rows = compile_file(source, nvcc, flags)
-        failed |= not rows
-        for architecture, kernel, registers, shared, spilled in rows or []:
-            failed |= spilled > 0
-            print(
-                f"{source.name:22} {architecture:3} {kernel:18} "
-                f"{registers:9} {shared:13} {spilled:14}"
-            )
-        sys.stdout.flush()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(partial(compile_file, nvcc=nvcc, flags=flags), sources)
+        for source, rows in zip(sources, found, strict=True):
+            failed |= not rows
+            for architecture, kernel, registers, shared, spilled in rows or []:
+                failed |= spilled > 0
+                print(
+                    f"{source.name:22} {architecture:3} {kernel:18} "
+                    f"{registers:9} {shared:13} {spilled:14}"
+                )
+            sys.stdout.flush()
     print("FAILED" if failed else f"{len(sources)} files compiled, no spills")
     return int(failed)
 

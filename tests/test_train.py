@@ -607,28 +607,6 @@ def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_is_the_same_run(shapes_root, tmp_path, capsys):
-    """kill -9 anywhere: last.pt is whole or not there yet, and going on gives the same weights."""
-    flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 30, "--save-every", 3)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole, *flags, "--out", whole), whole, 300)
-    rng, log, last, at = np.random.default_rng(), killed / "log.jsonl", killed / "last.pt", []
-    for kill in range(4):  # somewhere in each part of the run: loading, stepping, saving, logging
-        process = start(killed, *flags, "--out", killed, "--resume")
-        line = f'"step": {7 * kill + rng.integers(7)},'
-        while process.poll() is None and not (log.exists() and line in log.read_text()):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))  # a step takes about .2 s
-        process.kill()
-        process.wait()
-        at.append(torch.load(last)["step"] if last.exists() else 0)
-    finish(start(killed, *flags, "--out", killed, "--resume"), killed, 300)
-    with capsys.disabled():
-        print(f" [killed four times, then with checkpoints of steps {at} of 30]", end="")
-    assert_same_run(whole, killed)
-
-
-@pytest.mark.slow
 def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
     """The first 16 ids of VOC07 train, no augmentation: mAP >= .95 on themselves in 300 steps."""
     flags = ["--voc-root", voc_root, "--train-sets", "2007:train", "--overfit", 16]
