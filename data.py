@@ -67,6 +67,13 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# What is trained and measured on, unless told otherwise: VOC's are YEAR:NAME, COCO's NAME.
+SETS = {
+    "voc": (["2007:trainval", "2012:trainval"], ["2007:test"]),
+    "coco": (["train2017"], ["val2017"]),
+    "shapes": (["2007:train"], ["2007:test"]),
+}
+
 # ------------------------------------------------------------------------------ augmentation
 
 MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # samplers 1 to 5; 0 is the whole, 6 any crop
@@ -673,7 +680,7 @@ def main(argv: list[str] | None = None) -> int:
             listings = sorted(Path(args.coco_root, "annotations").glob("instances_*.json"))
             there = [p.stem.removeprefix("instances_") for p in listings]
             sets = args.sets or there or ["train2017"]
-            sources = [functools.partial(read_coco, args.coco_root, s, found) for s in sets]
+            sources = [functools.partial(read_coco, args.coco_root, [s], found) for s in sets]
         else:
             if root is None:
                 root, classes = draw_shapes(args.shapes_root), SHAPE_CLASSES

@@ -359,8 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--voc-root", metavar="DIR", help="folder that holds VOC2007/, or the one above")
     g.add_argument("--coco-root", metavar="DIR", help="folder that holds annotations/, val2017/")
     g.add_argument("--shapes-root", metavar="DIR", help="default runs/shapes-data")
-    g.add_argument("--eval-sets", nargs="+", metavar="SET", help="VOC; default 2007:test")
-    g.add_argument("--coco-split", metavar="SPLIT", help="default val2017")
+    g.add_argument("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
     g.add_argument("--images", metavar="DIR|FILE", help="your own pictures: detect, do not measure")
     g = parser.add_argument_group("detection")
     g.add_argument("--multi-scale", action="store_true", help="our recipe: 9 scales, mirrored")
@@ -390,10 +389,7 @@ def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | 
         root = data.draw_shapes(root or "runs/shapes-data")
     if not root:
         raise ValueError(f"--data {kind}: where is it? Expected --{kind}-root DIR")
-    sets = args.eval_sets or saved.get("eval_sets")
-    if kind == "coco":
-        return kind, root, [args.coco_split] if args.coco_split else sets or ["val2017"]
-    return kind, root, sets or ["2007:test"]
+    return kind, root, args.eval_sets or saved.get("eval_sets") or data.SETS[kind][1]
 
 
 def without_annotations(root: str | Path, sets: list[str]) -> list[Record] | None:
@@ -514,7 +510,7 @@ def main(argv: list[str] | None = None) -> None:
     kind, root, sets = data_source(args, checkpoint)
     records, names = None, list(classes)
     if kind == "coco":
-        records, names = data.read_coco(root, *sets)
+        records, names = data.read_coco(root, sets)
     elif args.comp4:
         records = without_annotations(root, sets)
     if records is None:

@@ -22,7 +22,7 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
@@ -347,14 +347,32 @@ def read_voc(
 
 
 def read_coco(
-    root: str | Path, split: str, findings: Findings | None = None
+    root: str | Path, sets: Sequence[str], findings: Findings | None = None
 ) -> tuple[list[Record], list[str]]:
-    """Records of annotations/instances_<split>.json with the images in <split>/, and class names.
+    """Records of annotations/instances_<set>.json with the images in <set>/, and class names.
 
-    Label k is the k-th category by id. Crowd regions come as `difficult`. Boxes without area (two
-    in train2017) are left out, and said. Raises ValueError, naming the file and the id.
+    Label k is the k-th category by id, which has to be the same in all sets. Crowd regions come as
+    `difficult`. Boxes without area (two in train2017) are left out, and said. Raises ValueError,
+    naming the file and the id.
     """
-    found = findings or Findings()
+    if isinstance(sets, str) or not sets:
+        raise ValueError(f"sets is a list of one or more names; got {sets!r}")
+    found, records, classes, seen = findings or Findings(), [], None, {}
+    for name in sets:
+        more, names = read_instances(root, name, found)
+        if names != (classes or names):
+            where = Path(root, "annotations", f"instances_{name}.json")
+            found.refuse(where, f"its categories are not those of the sets before: {names}")
+        for record in more:
+            if seen.setdefault(record.name, name) != name:
+                found.refuse(f"{name} image {record.name}", f"the set {seen[record.name]} has it")
+        records, classes = records + more, names
+    found.say()
+    return records, classes
+
+
+def read_instances(root: str | Path, split: str, found: Findings) -> tuple[list[Record], list[str]]:
+    """One set of read_coco."""
     listing, folder = Path(root, "annotations", f"instances_{split}.json"), Path(root, split)
     if not listing.is_file() or not folder.is_dir():
         raise ValueError(
@@ -426,7 +444,6 @@ def read_coco(
             records.append(Record(str(image_id), path, size, boxes, label, crowd == 1, area))
     if not any(len(record.labels) for record in records):
         found.refuse(listing, f"no objects at all in {len(records)} images")
-    found.say()
     return records, [name for _, name in categories]
 
 

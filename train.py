@@ -81,9 +81,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--coco-root", metavar="DIR", help="folder that holds annotations/ and train2017/")
     add("--shapes-root", metavar="DIR", default="runs/shapes-data", help="drawn there once")
     add("--data", choices=["shapes", "voc", "coco"], help="follows from the root given")
-    add("--train-sets", nargs="+", metavar="SET",
-        help="VOC: 2007:trainval 2012:trainval; COCO: train2017")
-    add("--eval-sets", nargs="+", metavar="SET", help="VOC: 2007:test; COCO: val2017")
+    add("--train-sets", nargs="+", metavar="SET", help="VOC: YEAR:NAME, COCO: NAME")
+    add("--eval-sets", nargs="+", metavar="SET", help="likewise")
     add("--classes", metavar="FILE",
         help="names, one a line, or 'auto': those in the annotations; else the 20 of VOC")
     add("--augment", choices=["ssd", "flip", "none"], help="ssd: colour, expand, crop, flip")
@@ -143,6 +142,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     coco = known.data == "coco"
     base = {"data": known.data, "recipe": recipe, "out": f"runs/{recipe}"}
     base |= {"priors": "coco" if coco else "voc", "difficult": not coco}
+    base |= zip(("train_sets", "eval_sets"), data.SETS[known.data], strict=True)
     if known.init_from:
         defaults = transfer.network_flags(known.init_from) | defaults
     settings = RECIPES[recipe]
@@ -255,20 +255,19 @@ def cut_log(path: Path, step: int) -> None:
 def read_data(args: argparse.Namespace) -> tuple[list, list, tuple[str, ...]]:
     """Records to train on, records to evaluate, class names."""
     if args.data == "coco":
-        train_sets, eval_sets = args.train_sets or ["train2017"], args.eval_sets or ["val2017"]
-        train, classes = data.read_coco(args.coco_root, *train_sets)
-        test = train if args.overfit else data.read_coco(args.coco_root, *eval_sets)[0]
+        train, classes = data.read_coco(args.coco_root, args.train_sets)
+        test = train
+        if not args.overfit:
+            test, names = data.read_coco(args.coco_root, args.eval_sets)
+            test = evaluation.align(test, names, classes, f"a network trained on {args.train_sets}")
     else:
         root, classes = args.voc_root, data.VOC_CLASSES
-        train_sets = args.train_sets or ["2007:trainval", "2012:trainval"]
-        eval_sets = args.eval_sets or ["2007:test"]
         if args.data == "shapes":
             root, classes = data.draw_shapes(args.shapes_root), data.SHAPE_CLASSES
-            train_sets = args.train_sets or ["2007:train"]
         if args.classes:
             classes = None if args.classes == "auto" else data.read_classes(args.classes)
-        train, classes = data.read_voc(root, train_sets, classes)
-        test = train if args.overfit else data.read_voc(root, eval_sets, classes)[0]
+        train, classes = data.read_voc(root, args.train_sets, classes)
+        test = train if args.overfit else data.read_voc(root, args.eval_sets, classes)[0]
     if args.overfit:
         train = test = train[: args.overfit]
     return train, test, tuple(classes)
@@ -550,7 +549,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     def measure() -> dict:
         """The model's results on `test`, and the CPU minutes of all ranks until now."""
-        metric = evaluation.metric_of(args.data, args.eval_sets or ["2007:test"])
+        metric = evaluation.metric_of(args.data, args.eval_sets)
         ranks = {"workers": args.workers, "rank": rank, "world": world}
         results = evaluation.evaluate(model, test, metric=metric, **ranks)
         cpu_seconds = torch.tensor(sum(os.times()[:4]), device=device)  # or since --resume

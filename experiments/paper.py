@@ -622,8 +622,8 @@ def describe(found):
         ("on", lambda r: r["machine"]),
         ("training images seen a run", lambda r: r["args"]["iterations"] * r["args"]["batch_size"]),
         ("data", lambda r: r["args"]["data"]),
-        ("trained on", lambda r: " ".join(r["args"]["train_sets"] or ["the default sets"])),
-        ("measured on", lambda r: " ".join(r["args"]["eval_sets"] or ["the default sets"])),
+        ("trained on", lambda r: " ".join(r["args"]["train_sets"])),
+        ("measured on", lambda r: " ".join(r["args"]["eval_sets"])),
         ("seeds", lambda r: r["args"]["seed"]),
     ):
         different = sorted({str(get(r)) for r in about})

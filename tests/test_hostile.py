@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 import records as readers
+import train
 from data import BadData, Findings, read_coco, read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -71,9 +72,19 @@ def coco(tmp_path):
     return tmp_path, content
 
 
-def write_coco(root, content):
+def write_coco(root, content, name="train2017"):
     text = content if isinstance(content, str) else json.dumps(content)
-    (root / "annotations/instances_train2017.json").write_text(text)
+    (root / f"annotations/instances_{name}.json").write_text(text)
+
+
+def add_second_set(root, content):
+    """val2017: the same picture as image 8; returns its JSON to spoil."""
+    (root / "val2017").mkdir()
+    Image.new("RGB", (60, 40)).save(root / "val2017/000007.jpg")
+    second = json.loads(json.dumps(content).replace('"id": 7', '"id": 8'))
+    second = json.loads(json.dumps(second).replace('"image_id": 7', '"image_id": 8'))
+    write_coco(root, second, "val2017")
+    return second
 
 
 def load(record):
@@ -472,7 +483,7 @@ def test_a_good_coco_tree(coco, capsys):
     empty = {"id": 9, "image_id": 7, "category_id": 18, "bbox": [1, 1, 0, 5], "area": 0}
     content["annotations"].append(empty)
     write_coco(root, content)
-    (record,), classes = read_coco(root, "train2017")
+    (record,), classes = read_coco(root, ["train2017"])
     assert classes == ["dog", "toothbrush"]  # by category id
     assert record.name == "7"
     assert record.boxes_xyxy.tolist() == [[5, 6, 15.5, 15], [0, 0, 60, 40]]
@@ -524,7 +535,7 @@ def test_bad_coco(coco, spoil, message):
     spoil(content)
     write_coco(root, content)
     with pytest.raises(BadData, match=message):
-        read_coco(root, "train2017")
+        read_coco(root, ["train2017"])
 
 
 @pytest.mark.parametrize(
@@ -546,12 +557,46 @@ def test_bad_json(coco, text):
         bounded(2, 100),
         pytest.raises(BadData, match=r"instances_train2017.json: not an instances"),
     ):
+        read_coco(root, ["train2017"])
+
+
+def test_several_coco_sets(coco):
+    root, content = coco
+    write_coco(root, content)
+    second = add_second_set(root, content)
+    records, classes = read_coco(root, ["train2017", "val2017"])
+    assert [record.name for record in records] == ["7", "8"]
+    assert classes == ["dog", "toothbrush"]
+    write_coco(root, content, "val2017")
+    with pytest.raises(BadData, match="val2017 image 7: the set train2017 has it"):
+        read_coco(root, ["train2017", "val2017"])
+    second["categories"][0]["name"] = "comb"
+    write_coco(root, second, "val2017")
+    with pytest.raises(BadData, match="instances_val2017.json: its categories are not those"):
+        read_coco(root, ["train2017", "val2017"])
+    with pytest.raises(ValueError, match="list of one or more names; got 'train2017'"):
         read_coco(root, "train2017")
+
+
+def test_labels_of_the_set_to_measure_on_follow_the_training_set(coco):
+    """A category that only one of two files lists shifts the labels of the other."""
+    root, content = coco
+    second = add_second_set(root, content)
+    content["categories"].append({"id": 2, "name": "bicycle"})
+    write_coco(root, content)
+    args = train.parse_args(["--coco-root", str(root)])
+    _, (record,), classes = train.read_data(args)
+    assert classes == ("bicycle", "dog", "toothbrush")
+    assert record.labels.tolist() == [3, 2]
+    second["categories"][0]["name"] = "comb"
+    write_coco(root, second, "val2017")
+    with pytest.raises(ValueError, match="It cannot be measured on comb"):
+        train.read_data(args)
 
 
 def test_missing_coco(tmp_path):
     with pytest.raises(ValueError, match=r"--coco-root .*annotations/instances_val2017.json"):
-        read_coco(tmp_path, "val2017")
+        read_coco(tmp_path, ["val2017"])
 
 
 # ---- python data.py --check
@@ -654,7 +699,7 @@ def test_the_real_coco_part(data_root):
         ("train2017", 215, 2035, 19),
         ("val2017", 206, 1786, 21),
     ):
-        found, names = read_coco(data_root / "coco", split)
+        found, names = read_coco(data_root / "coco", [split])
         assert len(names) == 80
         assert names[0] == "person"
         assert names[-1] == "toothbrush"

@@ -38,7 +38,7 @@ def finish(folder, mean_ap, *, losses=(3.0, 2.0), iterations=2):
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"commit": "abc", "torch": "2.0", "machine": "one core"}
     about["args"] = {"iterations": iterations, "batch_size": 16, "data": "voc", "seed": 0}
-    about["args"] |= {"train_sets": None, "eval_sets": ["2007:val"]}
+    about["args"] |= {"train_sets": ["2007:train"], "eval_sets": ["2007:val"]}
     (folder / "run.json").write_text(json.dumps(about))
 
 
@@ -252,8 +252,8 @@ signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 steps = 40
 if "--iterations" in sys.argv:
     steps = int(sys.argv[sys.argv.index("--iterations") + 1])
-args = {"iterations": steps, "batch_size": 16, "data": "shapes", "seed": 0, "train_sets": None,
-        "eval_sets": None}
+args = {"iterations": steps, "batch_size": 16, "data": "shapes", "seed": 0,
+        "train_sets": ["2007:train"], "eval_sets": ["2007:test"]}
 about = {"args": args, "commit": "c", "torch": "t", "machine": "m"}
 (out / "run.json").write_text(json.dumps(about))
 log = out / "log.jsonl"
