@@ -12,7 +12,8 @@ Runs go one after another (--jobs at once). Stopped by Ctrl-C, SIGTERM or --stop
 its checkpoint, and the same command goes on. Flags behind `--` are handed to train.py.
 
 Finished runs are read from --runs (results.json, nonfinite.json, log.jsonl of train.py); the tables
-(Markdown) and figures (SVG) are written to --out. Faster R-CNN (section 4.2.1) is out of scope.
+(Markdown), figures (SVG) and what they show as numbers (measured.json) are written to --out. The
+list shows your runs, or else what measured.json has. Faster R-CNN (section 4.2.1) is out of scope.
 """
 
 import argparse
@@ -261,6 +262,10 @@ TABLES = {
 
 # ------------------------------------------------------------------------------ what there is
 
+# What is told of a run; the rest of its files stays with them.
+RESULT = "state step mAP mAP_11point mAP_area by_size loss images_per_s hours cpu_minutes".split()
+ARGUMENTS = "iterations batch_size data train_sets eval_sets seed".split()
+
 
 def outcome(folder):
     """One run, from its folder: a dict with "state" done | diverged | stopped, or None."""
@@ -278,13 +283,16 @@ def outcome(folder):
     if found["state"] == "done" and tail:
         found["loss"] = sum(tail) / len(tail)  # of the last twentieth of the steps
     found["images_per_s"] = log[-1]["images_per_s"] if log else None
-    if (folder / "run.json").exists():
-        found["run"] = json.loads((folder / "run.json").read_text())
     pieces = []
     if (folder / "cost.jsonl").exists():
         pieces = [json.loads(s) for s in (folder / "cost.jsonl").read_text().splitlines()]
     found["hours"] = sum(p["seconds"] for p in pieces) / 3600 if pieces else None
     found["cpu_minutes"] = sum(p["cpu_seconds"] for p in pieces) / 60 if pieces else None
+    found = {key: found[key] for key in RESULT if key in found}
+    if (folder / "run.json").exists():
+        about = json.loads((folder / "run.json").read_text())
+        found["run"] = {key: about[key] for key in ("commit", "torch", "machine")}
+        found["run"]["args"] = {key: about["args"][key] for key in ARGUMENTS}
     return found
 
 
@@ -299,6 +307,21 @@ def outcomes(row, scale, runs):
         if one:
             found[int(folder.name.removeprefix("seed"))] = one
     return found
+
+
+def published(args):
+    """measured.json: {scale: {row's key and test: {seed: outcome}}}, seeds as text."""
+    path = args.out / "measured.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def publish(table, scale, args):
+    """Put the table's outcomes into measured.json, in place of those of the same rows and scale."""
+    kept = published(args)
+    for row in runs_of(table, scale):
+        if found := outcomes(row, scale, args.runs):
+            kept.setdefault(scale, {})[f"{row.key} {row.test}".strip()] = found
+    (args.out / "measured.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def test_name(row):
@@ -539,14 +562,18 @@ def finish(row, scale, seed, begin, usage, code, args):
 
 def listing(args):
     """All rows: the paper's number, ours at each scale, the full command."""
+    elsewhere = published(args)
     for name, table in TABLES.items():
         print(f"\n{name} - {table.title}")
         for row in table.rows:
             ours = []
             for scale in SCALES:
-                found = outcomes(row, scale, args.runs)
+                found = outcomes(row, scale, args.runs) or elsewhere.get(scale, {}).get(
+                    f"{row.key} {row.test}".strip(), {}
+                )
                 if found:
-                    ours.append(f"{scale}: {result(row, found, table.metric)}")
+                    ours += [f"{scale}: {result(row, found, table.metric)}"]
+                    ours += describe({row.key: found})
             print(f"  {row.what}\n      the paper's {row.paper}; ours {'; '.join(ours) or 'none'}")
             if row.key:
                 print(f"      {shlex.join(command(row, 'full', 0, args))}")
@@ -648,9 +675,10 @@ def write(name, scale, args):
     else:
         dots = [(r.what + " " + r.test, outcomes(r, scale, args.runs)) for r in rows]
         svg = figures.dots([(what, values(o, table.metric)) for what, o in dots], table.title)
+    publish(table, scale, args)
     picture.write_text(svg)
     page.write_text(text + f"\n![{table.title}](figures/{picture.name})\n")
-    print(f"wrote {page} and {picture}")
+    print(f"wrote {page}, {picture} and measured.json")
 
 
 def parse_args(argv=None):

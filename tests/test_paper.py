@@ -39,6 +39,7 @@ def finish(folder, mean_ap, *, losses=(3.0, 2.0), iterations=2):
     about = {"commit": "abc", "torch": "2.0", "machine": "one core"}
     about["args"] = {"iterations": iterations, "batch_size": 16, "data": "voc", "seed": 0}
     about["args"] |= {"train_sets": ["2007:train"], "eval_sets": ["2007:val"]}
+    about["args"] |= {"voc_root": "/private"}
     (folder / "run.json").write_text(json.dumps(about))
 
 
@@ -231,8 +232,26 @@ def test_the_page_has_the_papers_numbers_ours_and_the_commands(args, tmp_path):
     ET.parse(args.out / "figures" / "table1-laptop.svg")
 
 
+def test_what_was_published_is_listed_where_the_runs_are_not(args, capsys):
+    finish(args.runs / "laptop/bn-all-0.05/seed0", 0.20)
+    args.out.mkdir()
+    paper.publish(paper.TABLES["table1"], "laptop", args)
+    finish(args.runs / "gpu/bn-all-0.05/seed0", 0.30)
+    paper.publish(paper.TABLES["table1"], "gpu", args)  # beside the laptop's
+    assert "/private" not in (args.out / "measured.json").read_text()
+    place, args.runs = args.runs, args.runs / "nowhere"
+    paper.listing(args)
+    ours = "ours laptop: 20.0; commit abc; torch 2.0; on one core; training images seen a run 32"
+    text = capsys.readouterr().out
+    assert text.count(ours) == text.count("; gpu: 30.0; commit abc") == 1
+    args.runs = place
+    finish(args.runs / "laptop/bn-all-0.05/seed1", 0.22)
+    paper.listing(args)  # your own runs come first
+    assert "ours laptop: 21.0 [20.0, 22.0]" in capsys.readouterr().out
+
+
 def test_the_listing_names_every_row(tmp_path):
-    words = [sys.executable, "experiments/paper.py", "--runs", str(tmp_path)]
+    words = [sys.executable, "experiments/paper.py", "--runs", tmp_path, "--out", tmp_path]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     for table in paper.TABLES.values():
         for row in table.rows:
