@@ -136,6 +136,7 @@ TABLES = {
         minutes=10,
         pace="bn-all-0.01",
         claims=(
+            ("bn-all-0.05", "bn-none-0.001", "BN everywhere, at a rate 50 times as large, helps"),
             ("bn-head-0.001", "bn-none-0.001", "BN in the head helps (at 0.001)"),
             ("bn-backbone-0.001", "bn-none-0.001", "BN in the backbone helps (at 0.001)"),
             ("bn-all-0.001", "bn-none-0.001", "BN everywhere helps (at 0.001)"),
