@@ -381,6 +381,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | Path, list[str]]:
     """What to measure on: (kind, root, sets), from the flags or else as train.py evaluated."""
     saved = checkpoint.get("args") or {}
+    if args.voc_root and args.coco_root and not args.data:
+        raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
     kind = args.data or (args.voc_root and "voc") or (args.coco_root and "coco")
     kind = kind or saved.get("data", "shapes")
     saved = saved if saved.get("data") == kind else {}
@@ -482,10 +484,9 @@ def own_pictures(model: ScratchDet, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch {torch.__version__} sees no GPU here")
-    if args.batch_size < 1 or args.workers < 0:
-        raise ValueError(f"--batch-size {args.batch_size} --workers {args.workers}: too small")
+    machine.check_device(args.device)
+    machine.check_range(args, "batch_size", 1)
+    machine.check_range(args, "workers", 0)
     if args.images and (args.fps or args.results or args.comp4 or args.voc_root or args.coco_root):
         raise ValueError("--images measures nothing: of the outputs it takes --draw and --json")
     for file in filter(None, (args.json, args.results, args.export)):

@@ -24,6 +24,28 @@ from torch.distributed.rendezvous import rendezvous
 from data import PREFETCH
 from scratchdet import ScratchDet
 
+# ------------------------------------------------------------------------------ what is asked of it
+
+
+def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:
+    """ValueError where one of these arguments, or of its values, is not in [low, high]."""
+    expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(args, name)
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            if v is not None and not low <= v <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {v}: expected {expected}")
+
+
+def check_device(name: str) -> None:
+    """ValueError unless `name` is cpu, or a GPU that is here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:1")
+    there = torch.cuda.device_count()
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {there} GPUs here")
+
+
 # ------------------------------------------------------------------------------ what it is
 
 
@@ -172,6 +194,7 @@ def fresh_store() -> dict:
 
 def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
     """(rank, world, device); more than one process where torchrun started us."""
+    check_device(args.device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
     if device.type == "cuda":

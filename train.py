@@ -131,33 +131,44 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--bench", action="store_true", help="no training: time the parts of a step, and end")
     # fmt: on
 
-    known, _ = parser.parse_known_args(argv)
-    if not known.data:
-        known.data = "voc" if known.voc_root else "coco" if known.coco_root else "shapes"
-    recipe = known.recipe or {"voc": "voc07", "coco": "coco"}.get(known.data, "shapes")
-    if not known.recipe and known.overfit:
+    given, _ = parser.parse_known_args(argv)
+    kind = given.data or ("voc" if given.voc_root else "coco" if given.coco_root else "shapes")
+    recipe = given.recipe or {"voc": "voc07", "coco": "coco"}.get(kind, "shapes")
+    if not given.recipe and given.overfit:
         recipe = "overfit"
-    elif not known.recipe and known.minutes and known.data != "shapes":
+    elif not given.recipe and given.minutes and kind != "shapes":
         recipe = "budget"
-    coco = known.data == "coco"
-    base = {"data": known.data, "recipe": recipe, "out": f"runs/{recipe}"}
-    base |= {"priors": "coco" if coco else "voc", "difficult": not coco}
-    base |= zip(("train_sets", "eval_sets"), data.SETS[known.data], strict=True)
-    if known.init_from:
-        defaults = transfer.network_flags(known.init_from) | defaults
+    base = {"data": kind, "recipe": recipe, "out": f"runs/{recipe}"}
+    base |= {"priors": "coco" if kind == "coco" else "voc", "difficult": kind != "coco"}
+    base |= zip(("train_sets", "eval_sets"), data.SETS[kind], strict=True)
+    if given.init_from:
+        defaults = transfer.network_flags(given.init_from) | defaults
     settings = RECIPES[recipe]
-    if recipe == "budget" and torch.device(known.device).type == "cpu":
+    if recipe == "budget" and not given.device.startswith("cuda"):
         settings = settings | ON_CPU
     parser.set_defaults(**(base | settings | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)
-    for name in ("batch_size", "accumulate", "iterations", "save_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    check_args(args, given)
     scale = args.batch_size / settings["batch_size"]  # the linear rule: same epochs
-    args.lr = args.lr or settings["lr"] * scale
+    args.lr = settings["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(settings["iterations"] / scale)
     return args
+
+
+def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """ValueError where a number is out of its range, or two flags say different things."""
+    machine.check_range(args, "batch_size accumulate iterations save_every", 1)
+    machine.check_range(args, "overfit lr weight_decay seed workers eval_every", 0)
+    machine.check_range(args, "momentum ema warmup drops", 0, 1)
+    machine.check_range(args, "minutes", 0.01)
+    if given.minutes and given.iterations:
+        raise ValueError("--minutes and --iterations both say how long to train: give one")
+    if args.voc_root and args.coco_root and not given.data:
+        raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
+    if not getattr(args, f"{args.data}_root"):
+        raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
+    if args.data == "coco" and args.classes:
+        raise ValueError(f"--classes {args.classes}: COCO's files list their own; leave it out")
 
 
 # ------------------------------------------------------------------------------ optimisation

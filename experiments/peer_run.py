@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
+    machine.check_device(args.device)
     machine.keep_large_tensors()
     device, out = torch.device(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

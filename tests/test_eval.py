@@ -887,6 +887,7 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
         (["{pt}", "--voc-root", "{run}"], "--voc-root {run}"),
         (["{pt}", "--voc-root", "{shapes}", "--eval-sets", "2007:nope"], "nope"),
         (["{pt}", "--data", "voc"], "--voc-root DIR"),
+        (["{pt}", "--voc-root", "x", "--coco-root", "y"], "--voc-root and --coco-root"),
         (["{pt}", "--batch-size", "0"], "--batch-size 0"),
         pytest.param(
             ["{pt}", "--device", "cuda"],

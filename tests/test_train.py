@@ -121,6 +121,35 @@ def test_the_linear_rule():
 
 
 @pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--batch-size 0", "--batch-size 0: expected 1 or more"),
+        ("--lr -0.1", "--lr -0.1: expected 0 or more"),
+        ("--lr nan", "--lr nan: expected 0 or more"),
+        ("--seed -1", "--seed -1: expected 0 or more"),
+        ("--workers -2", "--workers -2: expected 0 or more"),
+        ("--overfit -3", "--overfit -3: expected 0 or more"),
+        ("--ema 2", "--ema 2.0: expected 0 to 1"),
+        ("--drops 0.5 80000", "--drops 80000.0: expected 0 to 1"),
+        ("--minutes 0", "--minutes 0.0: expected 0.01 or more"),
+        ("--minutes 9 --iterations 5", "--minutes and --iterations"),
+        ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
+        ("--data coco", "--data coco: where is it"),
+        ("--coco-root x --classes names.txt", "--classes names.txt: COCO's files"),
+    ],
+)
+def test_arguments_that_make_no_sense(argv, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train.parse_args(argv.split())
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:64"])
+def test_a_device_that_is_not_here(device, tmp_path):
+    with pytest.raises(ValueError, match=f"--device {device}: (expected|torch .* sees)"):
+        train.main(["--device", device, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
     ("argv", "wanted"),
     [
         ([], {"recipe": "shapes", "data": "shapes", "backbone": "root-resnet18",
