@@ -163,6 +163,8 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
     machine.check_range(args, "minutes", 0.01)
     if given.minutes and given.iterations:
         raise ValueError("--minutes and --iterations both say how long to train: give one")
+    if given.drops and args.schedule == "linear":
+        raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
     if args.voc_root and args.coco_root and not given.data:
         raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
     if not getattr(args, f"{args.data}_root"):

@@ -133,6 +133,7 @@ def test_the_linear_rule():
         ("--drops 0.5 80000", "--drops 80000.0: expected 0 to 1"),
         ("--minutes 0", "--minutes 0.0: expected 0.01 or more"),
         ("--minutes 9 --iterations 5", "--minutes and --iterations"),
+        ("--recipe budget --drops 0.5", "--drops: the schedule is a line"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
         ("--data coco", "--data coco: where is it"),
         ("--coco-root x --classes names.txt", "--classes names.txt: COCO's files"),
