@@ -1,6 +1,7 @@
 """Curves and dots as SVG, by hand: no plotting package is needed to read a run's log."""
 
 import json
+import math
 from html import escape
 
 COLOURS = ("#1f5fbf", "#c23b22", "#2e8b57", "#b8860b", "#7b3fa0", "#444444")
@@ -82,20 +83,23 @@ def curves(panels, width=330, height=240):
 
 
 def dots(rows, title, unit="mAP in %"):
-    """[(name, [a number a seed])] -> SVG, a row each: a dot a seed, a bar to the mean."""
+    """[(name, [a number a seed], remark)] -> SVG, a row each: a dot a seed, a bar to the mean."""
     left, width, step = 330, 420, 22
-    x_max = 1.1 * max((n for _, numbers in rows for n in numbers), default=1.0) or 1.0
+    quarter = 1.05 * max((n for _, numbers, _ in rows for n in numbers), default=1.0) / 4 or 0.25
+    power = 10 ** math.floor(math.log10(quarter))
+    x_max = 4 * next(power * s for s in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * s >= quarter)
     parts = [text(10, 18, f"{title}; {unit}", weight="bold")]
     bottom = 34 + step * len(rows)
     for k in range(5):
         x = left + width * k / 4
         parts.append(f'<path d="M{x:.1f} 30V{bottom}" class="grid"/>')
         parts.append(text(x, bottom + 16, f"{x_max * k / 4:.3g}", "middle"))
-    for i, (name, numbers) in enumerate(rows):
+    for i, (name, numbers, remark) in enumerate(rows):
         y = 44 + step * i
         parts.append(text(left - 10, y + 4, name, "end"))
+        longest = left + width * max(numbers, default=0) / x_max
+        parts += [text(longest + 8, y + 4, remark)] if remark else []
         if not numbers:
-            parts.append(text(left + 6, y + 4, "no result"))
             continue
         mean = left + width * sum(numbers) / len(numbers) / x_max
         parts.append(f'<path d="M{left} {y}H{mean:.1f}" stroke="#9db7d9" stroke-width="10"/>')

@@ -674,8 +674,13 @@ def write(name, scale, args):
         }
         svg = figures.gradients({what: log for what, log in curves.items() if log})
     else:
-        dots = [(r.what + " " + r.test, outcomes(r, scale, args.runs)) for r in rows]
-        svg = figures.dots([(what, values(o, table.metric)) for what, o in dots], table.title)
+        dots = []
+        for row in rows:
+            found = outcomes(row, scale, args.runs)
+            lost = {seed: one for seed, one in found.items() if one["state"] != "done"}
+            remark = result(row, lost, table.metric) if lost or not found else ""
+            dots.append((f"{row.what} {row.test}", values(found, table.metric), remark))
+        svg = figures.dots(dots, f"{table.title.split(' (')[0]}: scale {scale}")
     publish(table, scale, args)
     picture.write_text(svg)
     page.write_text(text + f"\n![{table.title}](figures/{picture.name})\n")
