@@ -74,6 +74,14 @@ SETS = {
     "shapes": (["2007:train"], ["2007:test"]),
 }
 
+
+def kind_of(args: argparse.Namespace, default: str = "shapes") -> str:
+    """voc, coco or shapes: as --data says, or as follows from the root that is given."""
+    if args.voc_root and args.coco_root and not args.data:
+        raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
+    return args.data or (args.voc_root and "voc") or (args.coco_root and "coco") or default
+
+
 # ------------------------------------------------------------------------------ augmentation
 
 MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # samplers 1 to 5; 0 is the whole, 6 any crop

@@ -381,10 +381,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | Path, list[str]]:
     """What to measure on: (kind, root, sets), from the flags or else as train.py evaluated."""
     saved = checkpoint.get("args") or {}
-    if args.voc_root and args.coco_root and not args.data:
-        raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
-    kind = args.data or (args.voc_root and "voc") or (args.coco_root and "coco")
-    kind = kind or saved.get("data", "shapes")
+    kind = data.kind_of(args, saved.get("data", "shapes"))
     saved = saved if saved.get("data") == kind else {}
     root = getattr(args, f"{kind}_root") or saved.get(f"{kind}_root")
     if kind == "shapes":

@@ -6,6 +6,7 @@ is said then, with the flag that helps, and not found out by the kernel's killer
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -49,6 +50,7 @@ def check_device(name: str) -> None:
 # ------------------------------------------------------------------------------ what it is
 
 
+@functools.cache  # asked for at every checkpoint: it is that of the code which runs
 def commit() -> str:
     """Of this code, with a + where files differ from it."""
     try:

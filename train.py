@@ -132,7 +132,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     # fmt: on
 
     given, _ = parser.parse_known_args(argv)
-    kind = given.data or ("voc" if given.voc_root else "coco" if given.coco_root else "shapes")
+    kind = data.kind_of(given)
     recipe = given.recipe or {"voc": "voc07", "coco": "coco"}.get(kind, "shapes")
     if not given.recipe and given.overfit:
         recipe = "overfit"
@@ -165,8 +165,6 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise ValueError("--minutes and --iterations both say how long to train: give one")
     if given.drops and args.schedule == "linear":
         raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
-    if args.voc_root and args.coco_root and not given.data:
-        raise ValueError("--voc-root and --coco-root: say which, --data voc or --data coco")
     if not getattr(args, f"{args.data}_root"):
         raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
     if args.data == "coco" and args.classes:

@@ -289,12 +289,16 @@ def outcome(folder):
         pieces = [json.loads(s) for s in (folder / "cost.jsonl").read_text().splitlines()]
     found["hours"] = sum(p["seconds"] for p in pieces) / 3600 if pieces else None
     found["cpu_minutes"] = sum(p["cpu_seconds"] for p in pieces) / 60 if pieces else None
-    found = {key: found[key] for key in RESULT if key in found}
+    found = of_interest(found)
     if (folder / "run.json").exists():
         about = json.loads((folder / "run.json").read_text())
         found["run"] = {key: about[key] for key in ("commit", "torch", "machine")}
         found["run"]["args"] = {key: about["args"][key] for key in ARGUMENTS}
     return found
+
+
+def of_interest(found):
+    return {key: found[key] for key in RESULT if key in found}
 
 
 def outcomes(row, scale, runs):
@@ -304,14 +308,19 @@ def outcomes(row, scale, runs):
         one = outcome(folder)
         if one and row.test:  # another test of the same run
             again = folder / f"{test_name(row)}.json"
-            one = one | json.loads(again.read_text()) if again.exists() else None
+            one = one | of_interest(json.loads(again.read_text())) if again.exists() else None
         if one:
             found[int(folder.name.removeprefix("seed"))] = one
     return found
 
 
+def name_of(row):
+    """Its key, and its test if it has one."""
+    return f"{row.key} {row.test}".strip()
+
+
 def published(args):
-    """measured.json: {scale: {row's key and test: {seed: outcome}}}, seeds as text."""
+    """measured.json: {scale: {name_of(row): {seed: outcome}}}, seeds as text."""
     path = args.out / "measured.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -321,7 +330,7 @@ def publish(table, scale, args):
     kept = published(args)
     for row in runs_of(table, scale):
         if found := outcomes(row, scale, args.runs):
-            kept.setdefault(scale, {})[f"{row.key} {row.test}".strip()] = found
+            kept.setdefault(scale, {})[name_of(row)] = found
     (args.out / "measured.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
@@ -569,9 +578,8 @@ def listing(args):
         for row in table.rows:
             ours = []
             for scale in SCALES:
-                found = outcomes(row, scale, args.runs) or elsewhere.get(scale, {}).get(
-                    f"{row.key} {row.test}".strip(), {}
-                )
+                found = outcomes(row, scale, args.runs)
+                found = found or elsewhere.get(scale, {}).get(name_of(row))
                 if found:
                     ours += [f"{scale}: {result(row, found, table.metric)}"]
                     ours += describe({row.key: found})

@@ -250,6 +250,18 @@ def test_what_was_published_is_listed_where_the_runs_are_not(args, capsys):
     assert "ours laptop: 21.0 [20.0, 22.0]" in capsys.readouterr().out
 
 
+def test_another_test_of_a_run_is_published_as_short_as_the_run(args):
+    folder = args.runs / "gpu/voc07/seed0"
+    finish(folder, 0.20)
+    (folder / "multi-scale.json").write_text('{"mAP_11point": 0.25, "classes": {"dog": [0.1]}}')
+    args.out.mkdir()
+    paper.publish(paper.TABLES["table3"], "gpu", args)
+    both = json.loads((args.out / "measured.json").read_text())["gpu"]
+    assert both["voc07"]["0"]["mAP_11point"] == 0.20
+    assert both["voc07 --multi-scale"]["0"]["mAP_11point"] == 0.25
+    assert both["voc07"]["0"].keys() == both["voc07 --multi-scale"]["0"].keys()
+
+
 def test_the_listing_names_every_row(tmp_path):
     words = [sys.executable, "experiments/paper.py", "--runs", tmp_path, "--out", tmp_path]
     run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
