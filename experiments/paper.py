@@ -457,7 +457,8 @@ def find_budget(table, scale, args):
         pace = folder_of(row_of(table.pace), scale, args.seeds[0], args.runs) / "run.json"
         if args.images:
             words = command(row_of(table.pace), scale, 0, args)
-            batch = int(words[words.index("--batch-size") + 1]) if "--batch-size" in words else 128
+            at = [i for i, word in enumerate(words) if word == "--batch-size"]
+            batch = int(words[at[-1] + 1]) if at else 128  # the last: yours, behind `--`
             iterations = max(1, args.images // batch)
         elif pace.exists():
             iterations = json.loads(pace.read_text())["args"]["iterations"]

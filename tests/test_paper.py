@@ -343,6 +343,12 @@ def test_what_is_done_is_not_run_again(args, fake):
         assert (place / key / "seed0" / "out.txt").read_text().count("$ python") == 1
 
 
+def test_images_are_divided_by_your_own_batch_size(args, fake):
+    assert fake("bn-all-0.05", images=48, train_flags=["--batch-size", "4"]) == (0, True)
+    plan = args.runs / "laptop" / "bn-all-0.01.plan.json"
+    assert json.loads(plan.read_text()) == {"iterations": 12}
+
+
 def test_a_run_that_fails_is_reported_and_the_others_go_on(args, fake, capsys):
     assert fake("bn-head-0.05", "bn-all-0.05", images=48) == (1, True)
     assert "error: broken on purpose" in capsys.readouterr().out
