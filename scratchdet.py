@@ -202,6 +202,28 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
+def channel_rounding(width: float):
+    """c -> c * width, up to a multiple of 16: vector units want it, and oneDNN fails on 8."""
+    return lambda c: 16 * math.ceil(c * width / 16)
+
+
+def convs_of(module: nn.Module):
+    """Its convolutions, in order."""
+    return (m for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
+def run_extras(extras: nn.ModuleList, x: Tensor) -> list[Tensor]:
+    """One map per block. Stops where a small test image leaves no 3x3 for an unpadded window."""
+    maps = []
+    for block in extras:
+        unpadded = any(m.padding == (0, 0) and m.kernel_size == (3, 3) for m in convs_of(block))
+        if unpadded and min(x.shape[-2:]) < 3:
+            break
+        x = block(x)
+        maps.append(x)
+    return maps
+
+
 def conv_extras(c_in: int, how_many: int, ch, *, bn: bool) -> list[nn.Module]:
     """SSD's extra layers: 1x1 to halve the channels, then 3x3 to shrink the map.
 
@@ -307,28 +329,6 @@ def make_body(config: Config) -> nn.Module:
 
         return baselines.BODIES[config.backbone](config)
     return VGG16(config) if config.backbone == "vgg16" else ResNet(config)
-
-
-def channel_rounding(width: float):
-    """c -> c * width, up to a multiple of 16: vector units want it, and oneDNN fails on 8."""
-    return lambda c: 16 * math.ceil(c * width / 16)
-
-
-def run_extras(extras: nn.ModuleList, x: Tensor) -> list[Tensor]:
-    """One map per block. Stops where a small test image leaves no 3x3 for an unpadded window."""
-    maps = []
-    for block in extras:
-        unpadded = any(m.padding == (0, 0) and m.kernel_size == (3, 3) for m in convs_of(block))
-        if unpadded and min(x.shape[-2:]) < 3:
-            break
-        x = block(x)
-        maps.append(x)
-    return maps
-
-
-def convs_of(module: nn.Module):
-    """Its convolutions, in order."""
-    return (m for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 class Head(nn.Module):
