@@ -261,7 +261,7 @@ class ResNet(nn.Module):
         self.pool = nn.MaxPool2d(pool[0], stride=2, padding=pool[1]) if pool else nn.Identity()
         stride *= 2 if pool else 1
 
-        self.stages, self.channels, self.first_map = nn.ModuleList(), [], None
+        self.stages, self.channels = nn.ModuleList(), []
         c_in = ch(64)
         for i, blocks in enumerate(BLOCKS[depth]):
             c_out, step = ch(64 << i) * block.expansion, 1 if i == 0 else 2
@@ -270,8 +270,8 @@ class ResNet(nn.Module):
             self.stages.append(nn.Sequential(*stage))
             c_in, stride = c_out, stride * step
             if stride >= 8:
-                self.first_map = i if self.first_map is None else self.first_map
                 self.channels.append(c_out)
+        self.first_map = len(self.stages) - len(self.channels)
 
         how_many = len(MAPS_300) - len(self.channels)
         if config.extras == "conv":
@@ -605,18 +605,17 @@ def count_macs(model: ScratchDet) -> int:
 def summary(model: ScratchDet) -> str:
     """The network as a table: each map's size, channels and priors; parameters and MACs."""
     config = model.config
-    body = copy.deepcopy(model.features).to("meta").eval()
-    maps = body(torch.empty(1, 3, config.size, config.size, device="meta"))
+    sizes = model.map_sizes(config.size, config.size)
     lines = [
         f"{config.backbone}, BN {config.bn}, width {config.width:g}, "
         f"{config.size}x{config.size}, {config.num_classes} classes with background",
         "map      size  channels  priors a cell  priors  sides in pixels",
     ]
-    rows = zip(maps, priors_per_cell(config), PRIORS[config.priors], strict=True)
-    for i, (m, a, (small, large, *_)) in enumerate(rows, 1):
-        h, w = m.shape[-2:]
+    priors = priors_per_cell(config), PRIORS[config.priors]
+    rows = zip(sizes, model.features.channels, *priors, strict=True)
+    for i, ((h, w), c, a, (small, large, *_)) in enumerate(rows, 1):
         side = f"{small}, {math.sqrt(small * large):.1f}"
-        lines.append(f"{i:<5}{f'{h}x{w}':>8}{m.shape[1]:>10}{a:>15}{h * w * a:>8}  {side}")
+        lines.append(f"{i:<5}{f'{h}x{w}':>8}{c:>10}{a:>15}{h * w * a:>8}  {side}")
     parameters = sum(p.numel() for p in model.parameters())
     lines.append(f"{len(model.priors_cxcywh):,} priors")
     lines.append(f"{parameters:,} parameters, {count_macs(model) / 1e9:.2f} GMACs")
