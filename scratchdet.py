@@ -323,7 +323,10 @@ class VGG16(nn.Module):
 
 
 def make_body(config: Config) -> nn.Module:
-    """The backbone that the config names."""
+    """The backbone that the config names: images -> maps, of `.channels` channels.
+
+    One whose maps of a 300x300 image are not MAPS_300 has `.maps_300`.
+    """
     if config.backbone in BASELINES:
         from experiments import baselines  # here, because it builds on this file
 
@@ -489,14 +492,12 @@ class ScratchDet(nn.Module):
 
     `priors_cxcywh` (P,4) are the priors of the config's input size. For another size ask
     `features` for the maps and `make_priors` for their priors.
-    `body`: another backbone, with `.channels` and the maps as its output (and `.maps_300`, where
-    a 300x300 image has other maps).
     """
 
-    def __init__(self, config: Config, body: nn.Module | None = None):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.features = make_body(config) if body is None else body
+        self.features = make_body(config)
         channels = self.features.channels
         if len(channels) != len(PRIORS[config.priors]):
             raise ValueError(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import scratchdet
+from experiments import baselines
 from ops.reference import decode
 from scratchdet import (
     BACKBONES,
@@ -578,8 +579,8 @@ def test_bf16_and_channels_last_give_nearly_the_same(rng):
         torch.testing.assert_close(a, c.float(), rtol=0.1, atol=0.05 * a.abs().max().item())
 
 
-def test_another_body_can_be_plugged_in():
-    """As experiments/ does: anything with .channels and six maps."""
+def test_another_body_can_be_plugged_in(monkeypatch):
+    """As experiments/baselines.py does: anything with .channels and six maps."""
 
     class Body(nn.Module):
         channels = (4, 4, 4, 4, 4, 4)
@@ -591,7 +592,9 @@ def test_another_body_can_be_plugged_in():
         def forward(self, x):
             return [F.adaptive_avg_pool2d(self.conv(x), s) for s in (38, 19, 10, 5, 3, 1)]
 
-    loc, logits = ScratchDet(NARROW, Body())(torch.zeros(2, 3, 300, 300))
+    monkeypatch.setitem(baselines.BODIES, "dsod300", lambda config: Body())
+    model = ScratchDet(replace(NARROW, backbone="dsod300"))
+    loc, logits = model(torch.zeros(2, 3, 300, 300))
     assert loc.shape == (2, 8732, 4)
     assert logits.shape == (2, 8732, 4)
 
