@@ -535,25 +535,9 @@ class ScratchDet(nn.Module):
         return self.head(self.features(images))  # (N, P, 4), (N, P, C)
 
 
-@torch.no_grad()
-def detect(
-    loc: Tensor,
-    logits: Tensor,
-    priors_cxcywh: Tensor,
-    *,
-    score_threshold: float = 0.01,
-    top_k: int = 400,
-    iou_threshold: float = 0.45,
-    max_detections: int = 200,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loc (N,P,4), logits (N,P,C) -> boxes (N,D,4) xyxy, scores (N,D), labels (N,D), count (N,).
-
-    Softmax; per class: scores above the threshold, the best `top_k`, NMS; then the best
-    D = `max_detections` of all classes (Caffe DetectionOutput). Rows from count[n] on are zero.
-    """
-    return ops.postprocess(
-        loc, logits, priors_cxcywh, score_threshold, top_k, iou_threshold, max_detections
-    )
+# loc (N,P,4), logits (N,P,C), priors -> boxes (N,D,4) xyxy, scores (N,D), labels (N,D), count (N,):
+# softmax; of each class the best 400 above 0.01, NMS; the best 200 of all (Caffe DetectionOutput).
+detect = ops.postprocess
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchDet, dict]:

@@ -163,7 +163,7 @@ MUTANTS = [
            "order = torch.sort(scores, descending=True, stable=True)",
            "order = torch.sort(scores, descending=True)",
            "test_ops.py", "first_of_many"),
-    Mutant("the best 200 of a class, not 400", "scratchdet.py",
+    Mutant("the best 200 of a class, not 400", "ops/__init__.py",
            "top_k: int = 400", "top_k: int = 200",
            "test_model.py", "detect"),
     Mutant("decoded boxes lose half their size", "ops/reference.py",
