@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from data import VOC_CLASSES
 from ops.reference import VARIANCES
+from records import VOC_CLASSES
 
 MAPS_300 = (38, 19, 10, 5, 3, 1)  # sides of the six maps of a 300x300 image
 BLOCKS = {  # residual blocks of the four stages
@@ -369,9 +369,10 @@ def make_priors(
 ) -> Tensor:
     """The default boxes: (P,4) cxcywh in units of the image, not clipped (Caffe PriorBox).
 
-    `map_sizes` [(H, W)] and `image_hw` default to those of the 300x300 input. In other images the
-    priors keep their sides and distances in pixels. Order in a cell: the small square, the square
-    of side sqrt(smallest * largest), then for each ratio the wide and the tall one.
+    `map_sizes` [(H, W)] default to those of a 300x300 image, `image_hw` to the config's input. In
+    any image the priors keep their sides and distances in pixels. Order in a cell: the small
+    square, the square of side sqrt(smallest * largest), then for each ratio the wide and the tall
+    one.
     """
     map_sizes = map_sizes or [(s, s) for s in MAPS_300]
     image_h, image_w = image_hw or (config.size, config.size)
@@ -448,7 +449,7 @@ def assign_targets(
     table = torch.cat([log_size(xyxy_to_cxcywh(boxes_xyxy)), log_priors])  # (T + P, 4)
     itself = torch.arange(t, t + p, device=matched.device)
     rows = torch.where(matched >= 0, matched, itself)  # (N, P)
-    targets = F.embedding(rows, table)  # (N, P, 4); encoded in place: a third of the time
+    targets = F.embedding(rows, table)  # (N, P, 4); `encode` in place: a third of the time
     targets = targets.sub_(log_priors).div_(offset_unit(priors_cxcywh))
     return F.pad(labels, (0, p)).index_select(0, rows.flatten()).view_as(rows), targets
 
