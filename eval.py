@@ -116,14 +116,16 @@ def evaluate(
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
     The buffers of rank 0 count: BatchNorm's running statistics differ between ranks.
     """
-    run = {"batch_size": batch_size, "workers": workers, "what": None if rank else "evaluating"}
     if world > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    found = run_detector(model, records[rank::world], **run)
+    found = run_detector(
+        model, records[rank::world], batch_size=batch_size, workers=workers,
+        what=None if rank else "evaluating",
+    )  # fmt: skip
     if world > 1:
-        mine, parts = found, [None] * world
-        dist.all_gather_object(parts, mine)
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
         found = [None] * len(records)
         for r, part in enumerate(parts):
             found[r::world] = part
@@ -393,7 +395,7 @@ def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | 
 
 def without_annotations(root: str | Path, sets: list[str]) -> list[Record] | None:
     """Records of sets without annotations, as VOC2012 test; None where there are some."""
-    records = []
+    records, nothing = [], (np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty(0))
     for name in sets:
         tree, listing = data.find_set(root, name)
         for image_id, _ in data.read_lines(listing):
@@ -401,12 +403,7 @@ def without_annotations(root: str | Path, sets: list[str]) -> list[Record] | Non
             if (tree / "Annotations" / f"{image_id}.xml").exists():
                 return None
             with data.open_image(path) as image:
-                size = image.size
-            nothing = np.empty(0)
-            records.append(
-                data.Record(image_id, path, size, nothing.reshape(0, 4), nothing.astype(int),
-                            nothing.astype(bool), nothing)
-            )  # fmt: skip
+                records.append(Record(image_id, path, image.size, *nothing))
     return records
 
 
@@ -517,8 +514,7 @@ def main(argv: list[str] | None = None) -> None:
     metric = metric_of(kind, sets)
     if args.fps:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        kind = f"float32{', convolutions in TF32' if tf32 else ''}"
-        print(f"{kind}, {model.config.size} px, images/s")
+        print(f"float32{', convolutions in TF32' * tf32}, {model.config.size} px, images/s")
         for n in (1, 8):
             alone, whole = frames_per_second(model, records, batch_size=n)
             print(f"batch {n}: network {alone:.1f}, with decoding and NMS {whole:.1f}")
