@@ -499,8 +499,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         own_pictures(model, args)
         return
-    asked = (args.data, args.voc_root, args.coco_root, args.draw, args.json, args.results, args.fps)
-    if args.export and not any(asked):
+    asked = (args.data, args.voc_root, args.coco_root, args.eval_sets, args.draw, args.json)
+    if args.export and not any((*asked, args.results, args.comp4, args.fps)):
         return
     kind, root, sets = data_source(args, checkpoint)
     records, names = None, list(classes)
