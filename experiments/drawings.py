@@ -17,7 +17,7 @@ import ops
 import shapes
 from experiments.figures import page, text
 from ops.reference import hard_negatives, pairwise_iou
-from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors
+from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors, priors_per_cell
 
 GREEN, GREY, ORANGE, BLUE = "#009e3c", "#808080", "#f58200", "#2763b8"
 GROUND, FILL, MEAN = "#f3efe6", "#c9bfa8", "#7b7568"  # picture, its shapes, beside the picture
@@ -166,11 +166,8 @@ def priors() -> str:
     """The six maps: every cell's centre, and all priors of one cell."""
     config, parts, first = Config(), [], 0
     boxes = cxcywh_to_xyxy(make_priors(config)) * SIDE  # (P, 4)
-    sides = [38, 19, 10, 5, 3, 1]
-    for i, (n, (small, large, _, ratios)) in enumerate(
-        zip(sides, PRIORS[config.priors], strict=True)
-    ):
-        a = 2 + 2 * len(ratios)
+    rows = zip([38, 19, 10, 5, 3, 1], priors_per_cell(config), PRIORS[config.priors], strict=True)
+    for i, (n, a, (small, large, _, ratios)) in enumerate(rows):
         mine = boxes[first : first + n * n * a].reshape(n, n, a, 4)
         first += n * n * a
         centre = (mine[..., :2] + mine[..., 2:])[:, :, 0] / 2  # (n, n, 2)
@@ -281,7 +278,7 @@ def network() -> str:
     rows = {"image": (3, SIDE), **map_sizes("root-resnet34")}
     boxes = make_priors(Config())
     parts, x, base = [], 20, 190
-    per_cell = [2 + 2 * len(ratios) for *_, ratios in PRIORS["voc"]]
+    per_cell = priors_per_cell(Config())
     taps = list(rows)[-6:]
     for name, (channels, side) in rows.items():
         high = max(3.0, side * 0.36)
