@@ -82,9 +82,7 @@ def batchnorm_rows():
         for column, (bn, number) in enumerate(zip(modes, numbers, strict=True)):
             key, what = f"bn-{bn}-{lr}", f"BN {bn}, learning rate {lr}"
             flags, laptop = f"--bn {bn} --lr {lr}", f"{SMALL_VGG} --bn {bn} --lr {lr}"
-            if (
-                column >= 4
-            ):  # which columns these are was reconstructed from the table's check-marks
+            if column >= 4:  # reconstructed from the table's check-marks
                 file = "vgg16_bn.pth" if bn == "all" else "vgg16.pth"
                 key, what, laptop = f"pretrained-{key}", f"{what}, {file} of ImageNet", None
                 flags += f" --pretrained WEIGHTS/{file}"
@@ -400,11 +398,9 @@ def folder_of(row, scale, seed, runs):
 def command(row, scale, seed, args, budget=()):
     """What trains (or, for a row with `test`, tests again) this row: a list of words."""
     folder = folder_of(row, scale, seed, args.runs)
-    roots = [("voc", "--voc-root", args.voc_root), ("coco", "--coco-root", args.coco_root)]
     kind = "coco" if row.needs == "coco" else "voc"
-    place = [word for name, flag, root in roots if name == kind and root for word in (flag, root)]
-    if scale == "full" and not place:
-        place = [f"--{kind}-root", "DIR"]
+    root = getattr(args, f"{kind}_root") or ("DIR" if scale == "full" else None)
+    place = [f"--{kind}-root", root] if root else []
     if row.test:
         words = ["python", "eval.py", f"{folder}/last.pt", *row.test.split(), *place]
         if row.needs == "server":
@@ -710,9 +706,7 @@ def parse_args(argv=None):
     add("--train-sets", nargs="+", metavar="SET", help="as of train.py")
     add("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
     add("--seeds", type=int, nargs="+", help="default: 0 1 2 at the laptop scale, else 0")
-    add(
-        "--minutes", type=float, help="of the run that sets the pace; the others see as many images"
-    )
+    add("--minutes", type=float, help="of the run that sets the pace; all see as many images")
     add("--images", type=int, help="training images of each run, instead of --minutes")
     add("--only", nargs="+", metavar="KEY", help="run these rows alone (keys: the listing's --out)")
     add("--jobs", type=int, default=1, help="runs at once; more than one: a thread each")
