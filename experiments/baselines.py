@@ -12,15 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scratchdet import (
-    BLOCKS,
-    BasicBlock,
-    Config,
-    ResNet,
-    channel_rounding,
-    conv_bn,
-    run_extras,
-)
+from scratchdet import BLOCKS, BasicBlock, Config, ResNet, channel_rounding, conv_bn, run_extras
 
 # ------------------------------------------------------------------------------ ResNet-50 and -101
 

@@ -83,10 +83,10 @@ _mined.register_autograd(_backward, setup_context=_save)
 
 # custom_op puts a layer of Python before every kernel that only serves autograd: 10 us a call,
 # as long as the NMS of 400 boxes itself. The ops without a gradient pass over it.
-_passed_over = [torch.library.Library("scratchdet", "FRAGMENT")]  # lives as long as the module
+_passed_over = torch.library.Library("scratchdet", "FRAGMENT")  # lives as long as the module
 for _name in ("match", "nms", "postprocess"):
     for _key in ("AutogradCPU", "AutogradCUDA"):
-        _passed_over[0].impl(_name, torch.library.fallthrough_kernel, _key)
+        _passed_over.impl(_name, torch.library.fallthrough_kernel, _key)
 
 
 def match(
