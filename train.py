@@ -133,7 +133,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
 
     given, _ = parser.parse_known_args(argv)
     kind = data.kind_of(given)
-    recipe = given.recipe or {"voc": "voc07", "coco": "coco"}.get(kind, "shapes")
+    recipe = given.recipe or {"voc": "voc07"}.get(kind, kind)
     if not given.recipe and given.overfit:
         recipe = "overfit"
     elif not given.recipe and given.minutes and kind != "shapes":
@@ -260,7 +260,7 @@ def cut_log(path: Path, step: int) -> None:
         os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------ its start
 
 
 def read_data(args: argparse.Namespace) -> tuple[list, list, tuple[str, ...]]:
