@@ -327,7 +327,7 @@ class Dataset(torch.utils.data.Dataset):
         self.records, self.size, self.seed, self.augment = records, size, seed, augment
         self.keep_difficult = keep_difficult
         self.cache = None if cache is None else build_cache(records, cache)
-        self.starts = cache_starts(records) if cache else None
+        self.starts = cache_starts(records)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, index = key

@@ -1,7 +1,7 @@
 """The machine under a run: what it is, whether the run has room on it, and its processes.
 
-Nothing here knows about detection. train.py asks before the first step, so that what does not fit
-is said then, with the flag that helps, and not found out by the kernel's killer after an hour.
+train.py asks before the first step, so that what does not fit is said then, with the flag that
+helps, and not found out by the kernel's killer after an hour.
 """
 
 import contextlib
