@@ -664,11 +664,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
-    add("--voc-root", help="folder with VOC2007/ (or the one above), or a tree without years")
-    add("--sets", nargs="+", help="VOC sets such as 2007:trainval; the default is all there are")
-    add("--classes", help="file with one class name a line, or `auto`: from the annotations")
-    add("--coco-root", help="folder with annotations/ and train2017/, val2017/")
+    add, root = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    root("--voc-root", help="folder with VOC2007/ (or the one above), or a tree without years")
+    root("--coco-root", help="folder with annotations/ and train2017/, val2017/")
+    add("--sets", nargs="+", help="such as 2007:trainval; else all there are. The sheet: the first")
+    add("--classes", help="VOC: file, one name a line; or `auto`: from the annotations")
     add("--shapes-root", default="runs/shapes-data", help="where the shapes are drawn, once")
     add("--check", action="store_true", help="read and decode everything, list what is wrong")
     add("--bench", action="store_true", help="measure images/s of one core")
@@ -685,6 +685,8 @@ def main(argv: list[str] | None = None) -> int:
         found = Findings(collect=args.check)
         root, classes = args.voc_root, VOC_CLASSES
         if args.coco_root:
+            if args.classes:
+                raise ValueError("--classes: COCO's files list their own; leave it out")
             listings = sorted(Path(args.coco_root, "annotations").glob("instances_*.json"))
             there = [p.stem.removeprefix("instances_") for p in listings]
             sets = args.sets or there or ["train2017"]
