@@ -108,7 +108,7 @@ class Table:
 
     def __init__(self):
         self.lines = [
-            "| op | input | who | ms | CPU ms | kernel is faster by |",
+            "| op | input | who | ms | CPU ms | CPU ms / kernel's |",
             "|---|---|---|---|---|---|",
         ]
 
