@@ -393,20 +393,6 @@ def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | 
     return kind, root, args.eval_sets or saved.get("eval_sets") or data.SETS[kind][1]
 
 
-def without_annotations(root: str | Path, sets: list[str]) -> list[Record] | None:
-    """Records of sets without annotations, as VOC2012 test; None where there are some."""
-    records, nothing = [], (np.empty((0, 4)), np.empty(0, int), np.empty(0, bool), np.empty(0))
-    for name in sets:
-        tree, listing = data.find_set(root, name)
-        for image_id, _ in data.read_lines(listing):
-            path = tree / "JPEGImages" / f"{image_id}.jpg"
-            if (tree / "Annotations" / f"{image_id}.xml").exists():
-                return None
-            with data.open_image(path) as image:
-                records.append(Record(image_id, path, image.size, *nothing))
-    return records
-
-
 def align(
     records: list[Record], names: list[str], classes: tuple[str, ...], where: str
 ) -> list[Record]:
@@ -483,6 +469,8 @@ def main(argv: list[str] | None = None) -> None:
     machine.check_range(args, "workers", 0)
     if args.images and (args.fps or args.results or args.comp4 or args.voc_root or args.coco_root):
         raise ValueError("--images measures nothing: of the outputs it takes --draw and --json")
+    if args.fps and (args.draw or args.json or args.results or args.comp4):
+        raise ValueError("--fps measures speed alone: ask for the other outputs without it")
     for file in filter(None, (args.json, args.results, args.export)):
         Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     model, checkpoint = load(args.checkpoint, args.device)
@@ -503,13 +491,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.export and not any((*asked, args.results, args.comp4, args.fps)):
         return
     kind, root, sets = data_source(args, checkpoint)
-    records, names = None, list(classes)
+    if args.comp4 and (kind == "coco" or len(sets) > 1):
+        raise ValueError(
+            f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
+            f"{kind}, {' '.join(sets)}"
+        )
     if kind == "coco":
         records, names = data.read_coco(root, sets)
-    elif args.comp4:
-        records = without_annotations(root, sets)
-    if records is None:
-        records, names = data.read_voc(root, sets)
+    else:
+        records, names = data.read_voc(root, sets, annotated=not args.comp4)
     records = align(records, names, classes, args.checkpoint)
     metric = metric_of(kind, sets)
     if args.fps:

@@ -280,12 +280,14 @@ def read_voc(
     sets: Iterable[str],
     classes: Iterable[str] | None = None,
     findings: Findings | None = None,
+    annotated: bool = True,
 ) -> tuple[list[Record], list[str]]:
     """Records of some sets of VOC trees, and the class names: label 1 is the first.
 
     `root` holds VOC2007/ (or VOCdevkit/VOC2007/) and the sets are "2007:trainval"; or `root` is
     itself a tree of Annotations, ImageSets/Main and JPEGImages and the sets are "train". Without
-    `classes` the names are those of the annotations, sorted. Raises ValueError, naming the file.
+    `classes` the names are those of the annotations, sorted. Not `annotated`: a set may lack all of
+    its annotations, as VOC2012 test does. Raises ValueError, naming the file.
     """
     if isinstance(classes, str) or isinstance(sets, str):
         raise ValueError(f"sets and classes are lists of names; got {sets!r}, {classes!r}")
@@ -302,6 +304,7 @@ def read_voc(
         lines = read_lines(listing)
         if not lines:
             raise BadData(listing, "lists no images")
+        bare = 0  # images without an annotation
         for line, where in lines:
             # "000005", "000005.jpg", and "000005 -1" as in the devkit's lists of one class
             image_id = re.sub(r"\s+(-1|0|1)$", "", line)
@@ -316,12 +319,20 @@ def read_voc(
                 seen[xml] = where
                 if image_id not in paths:
                     raise BadData(where, f"no image {folder / image_id}.jpg")
-                if not xml.is_file():
-                    raise BadData(where, f"no annotation {xml}")
                 path = paths[image_id]
-                images.append((image_id, path, *read_annotation(xml, path, found)))
+                if xml.is_file():
+                    images.append((image_id, path, *read_annotation(xml, path, found)))
+                elif annotated:
+                    raise BadData(where, f"no annotation {xml}")
+                else:
+                    bare += 1
+                    with open_image(path) as image:
+                        images.append((image_id, path, image.size, []))
             except BadData as error:
                 found.refuse(error.where, error.what)
+        if 0 < bare < len(lines):
+            what = f"{bare} of its {len(lines)} images lack an annotation: expected all or none"
+            found.refuse(listing, what)
     if classes is None:
         classes = sorted({row[0] for *_, rows in images for row in rows})
     classes = list(classes)
@@ -337,7 +348,7 @@ def read_voc(
         difficult = np.array([row[2] for row in rows], bool)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         records.append(Record(image_id, path, size, boxes, labels, difficult, area))
-    if not any(len(record.labels) for record in records):
+    if annotated and not any(len(record.labels) for record in records):
         found.refuse(root, f"no objects at all in the {len(records)} images of {' '.join(sets)}")
     found.say()
     return records, classes

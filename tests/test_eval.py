@@ -839,11 +839,23 @@ def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
     for path in sorted((shapes / "VOC2007" / "JPEGImages").glob("test*"))[:2]:
         (tree / "JPEGImages" / path.name).write_bytes(path.read_bytes())
     (tree / "ImageSets" / "Main" / "test.txt").write_text("test00000\ntest00001\n")
-    evaluation.main([checkpoint, "--voc-root", str(tmp_path), "--eval-sets", "2012:test",
-                     "--workers", "0", "--comp4", str(tmp_path / "out")])  # fmt: skip
+    command = [checkpoint, "--voc-root", str(tmp_path), "--workers", "0", "--comp4",
+               str(tmp_path / "out"), "--eval-sets", "2012:test"]  # fmt: skip
+    evaluation.main(command)
     files = sorted((tmp_path / "out/results/VOC2012/Main").glob("comp4_det_test_*.txt"))
     assert len(files) == len(CLASSES)
     assert "mAP" not in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="of one set of VOC.* asked of voc, 2012:test 2012:test"):
+        evaluation.main([*command, "2012:test"])
+    (tree / "Annotations").mkdir()  # of one of the two images: a mistake, and not measured
+    xml = (shapes / "VOC2007/Annotations/test00000.xml").read_text()
+    (tree / "Annotations" / "test00000.xml").write_text(xml)
+    with pytest.raises(ValueError, match="1 of its 2 images lack an annotation"):
+        evaluation.main(command)
+    (tree / "ImageSets" / "Main" / "test.txt").write_text("../test00000\n")
+    with pytest.raises(ValueError, match="leaves its folder"):
+        evaluation.main(command)
 
 
 def test_own_pictures(checkpoint, records, tmp_path, capsys):
@@ -896,6 +908,7 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
         ),
         (["{pt}", "--images", "{run}/none"], "no picture"),
         (["{pt}", "--images", "{run}", "--fps"], "--images measures nothing"),
+        (["{pt}", "--fps", "--json", "{run}/x.json"], "--fps measures speed alone"),
         (["{pt}", "--images", "{run}/text.jpg"], "text.jpg"),
         (["{pt}", "--voc-root", "{shapes}", "--draw", "{shapes}/VOC2007/JPEGImages"], "--draw"),
     ],
