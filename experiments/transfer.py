@@ -69,6 +69,9 @@ def with_vgg16(config: Config, path: str | Path) -> ScratchDet:
             f"--pretrained {path}: VGG-16 weights for --backbone {config.backbone} --width "
             f"{config.width:g}. They fit --backbone vgg16 --width 1 alone"
         )
+    if config.std not in (Config.std, IMAGENET_STD):
+        std = " ".join(f"{s:g}" for s in config.std)
+        raise ValueError(f"--std {std}: --pretrained brings the input's own; leave one of them out")
     state = read_vgg16(path)
     has_bn, wants_bn = "features.1.running_mean" in state, config.bn in ("all", "backbone")
     if has_bn != wants_bn:

@@ -358,6 +358,8 @@ def test_other_files_and_networks_are_refused(vgg_file, tmp_path):
     for config in (Config("resnet18"), Config("vgg16", width=0.5)):
         with pytest.raises(ValueError, match="fit --backbone vgg16 --width 1 alone"):
             transfer.start(config, path)
+    with pytest.raises(ValueError, match="--std 58 58 58: --pretrained brings"):
+        transfer.start(Config("vgg16", std=(58.0, 58.0, 58.0)), path)
     with pytest.raises(ValueError, match="choose one"):
         transfer.start(Config("vgg16"), path, path)
 
