@@ -54,7 +54,7 @@ def curves(panels, width=330, height=240):
         points = [p for line in lines.values() for p in line]
         x_max = max((x for x, _ in points), default=1) or 1
         tall = sorted(y for _, y in points)  # single peaks may leave the frame
-        y_max = 1.1 * tall[int(0.995 * (len(tall) - 1))] if tall and tall[-1] > 0 else 1
+        y_max = axis_end(tall[math.ceil(0.995 * (len(tall) - 1))] if tall else 0.0)
         parts.append(f'<clipPath id="frame{i}"><rect x="{left}" y="{top}" width="{w}" '
                      f'height="{h}"/></clipPath>')  # fmt: skip
         parts.append(f'<rect x="{left}" y="{top}" width="{w}" height="{h}" class="frame"/>')
@@ -65,7 +65,7 @@ def curves(panels, width=330, height=240):
             if 0 < k < 4:
                 parts.append(f'<path d="M{left} {y:.1f}h{w}" class="grid"/>')
         parts.append(text(left, top + h + 16, "0", "middle"))
-        parts.append(text(left + w, top + h + 16, f"{x_max:g}", "end"))
+        parts.append(text(left + w, top + h + 16, f"{round(x_max, 1):,g}", "end"))
         for name, line in lines.items():
             some = line[:: max(1, len(line) // POINTS)] + line[-1:]
             places = [(left + w * x / x_max, top + h - h * y / y_max) for x, y in some]
@@ -85,9 +85,7 @@ def curves(panels, width=330, height=240):
 def dots(rows, title, unit="mAP in %"):
     """[(name, [a number a seed], remark)] -> SVG, a row each: a dot a seed, a bar to the mean."""
     left, width, step = 330, 420, 22
-    quarter = 1.05 * max((n for _, numbers, _ in rows for n in numbers), default=1.0) / 4 or 0.25
-    power = 10 ** math.floor(math.log10(quarter))
-    x_max = 4 * next(power * s for s in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * s >= quarter)
+    x_max = axis_end(max((n for _, numbers, _ in rows for n in numbers), default=1.0))
     parts = [text(10, 18, f"{title}; {unit}", weight="bold")]
     bottom = 34 + step * len(rows)
     for k in range(5):
@@ -107,6 +105,13 @@ def dots(rows, title, unit="mAP in %"):
             x = left + width * number / x_max
             parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="3.5" fill="{COLOURS[0]}"/>')
     return page(left + width + 30, bottom + 28, parts)
+
+
+def axis_end(largest):
+    """A little above the largest value; its quarters are round numbers."""
+    quarter = 1.05 * largest / 4 if largest > 0 else 0.25
+    power = 10 ** math.floor(math.log10(quarter))
+    return 4 * next(power * s for s in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * s >= quarter)
 
 
 def text(x, y, words, anchor="start", weight="normal"):
