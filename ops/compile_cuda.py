@@ -2,8 +2,9 @@
 
     python ops/compile_cuda.py [FILE.cu ...]
 
-Prints registers, shared memory and spills of each kernel. Exits 1 if a file does not compile or a
-kernel spills registers to memory, and 0 without a word of success where there is no nvcc.
+Prints registers, shared memory and spills of each kernel. Exits 1 if a file does not compile, a
+kernel spills registers to memory or the files do not link into one library (a function of a header
+has to be `inline`), and 0 without a word of success where there is no nvcc.
 """
 
 import os
@@ -21,11 +22,14 @@ ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 KERNEL = re.compile(r"([a-z]+_kernel)(?:ILb(\d)E)?")  # in a mangled name
 
 
-def compile_file(source, nvcc, flags):
+def object_of(source, folder):
+    return f"{folder}/{source.stem}.o"
+
+
+def compile_file(source, nvcc, flags, folder):
     """-> rows (architecture, kernel, registers, shared bytes, spilled bytes); prints errors."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *flags, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/out.o"]
-        result = subprocess.run(command, capture_output=True, text=True)
+    command = [nvcc, *flags, "-Xptxas", "-v", "-c", str(source), "-o", object_of(source, folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         print(f"{source}: nvcc failed\n{result.stderr}")
         return None
@@ -42,6 +46,15 @@ def compile_file(source, nvcc, flags):
             row = (architecture, kernel, int(found[1]), int(shared[1]) if shared else 0, spilled)
             rows.append(row)
     return rows
+
+
+def link(sources, folder):
+    """Whether their objects fit into one library; prints the names that collide."""
+    objects = [object_of(source, folder) for source in sources]
+    command = ["c++", "-r", "-nostdlib", *objects, "-o", f"{folder}/all.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    print(result.stderr, end="")
+    return not result.returncode
 
 
 def main(arguments):
@@ -61,8 +74,8 @@ def main(arguments):
     sources = sources or sorted(OPS.glob("*.cu")) + sorted(OPS.glob("ladder/*.cu"))
     failed = not sources
     print(f"{'file':22} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(compile_file, nvcc=nvcc, flags=flags), sources)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tempfile.TemporaryDirectory() as folder:
+        found = pool.map(partial(compile_file, nvcc=nvcc, flags=flags, folder=folder), sources)
         for source, rows in zip(sources, found, strict=True):
             failed |= not rows
             for architecture, kernel, registers, shared, spilled in rows or []:
@@ -72,7 +85,8 @@ def main(arguments):
                     f"{registers:9} {shared:13} {spilled:14}"
                 )
             sys.stdout.flush()
-    print("FAILED" if failed else f"{len(sources)} files compiled, no spills")
+        failed = failed or not link(sources, folder)
+    print("FAILED" if failed else f"{len(sources)} files compiled and linked, no spills")
     return int(failed)
 
 

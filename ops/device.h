@@ -71,13 +71,13 @@ using Key = unsigned long long;  // 64 bits: a mask, or (value, ~index) packed f
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // The larger key has the larger value; at equal values, the lower index. value >= 0.
-__device__ Key pack(float value, unsigned index) {
+inline __device__ Key pack(float value, unsigned index) {
   return Key(__float_as_uint(value)) << 32 | unsigned(~index);
 }
-__device__ unsigned index_of(Key key) { return ~unsigned(key); }
+inline __device__ unsigned index_of(Key key) { return ~unsigned(key); }
 
 // The largest key of the warp, in every lane. Six lines that replace 32 atomics by one.
-__device__ Key max_of_warp(Key key) {
+inline __device__ Key max_of_warp(Key key) {
   for (int step = 16; step > 0; step /= 2) {
     const Key other = __shfl_xor_sync(kFullWarp, key, step);
     key = other > key ? other : key;
@@ -86,9 +86,11 @@ __device__ Key max_of_warp(Key key) {
 }
 
 // A box that is not finite overlaps nothing, and so does an empty one: iou() needs no more rules.
-__device__ Box finite_or_empty(Box box) { return is_finite(box) ? box : Box{0, 0, 0, 0}; }
+inline __device__ Box finite_or_empty(Box box) {
+  return is_finite(box) ? box : Box{0, 0, 0, 0};
+}
 
-__device__ float load(const void* data, int64_t i, ScalarType type) {
+inline __device__ float load(const void* data, int64_t i, ScalarType type) {
   switch (type) {
     case ScalarType::Half: return static_cast<const torch::headeronly::Half*>(data)[i];
     case ScalarType::BFloat16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
@@ -98,7 +100,7 @@ __device__ float load(const void* data, int64_t i, ScalarType type) {
 }
 
 // IoU of two boxes of a list, or 0 where their groups differ.
-__device__ float overlap(const Box* boxes, const int64_t* groups, int i, int j) {
+inline __device__ float overlap(const Box* boxes, const int64_t* groups, int i, int j) {
   return groups[i] == groups[j] ? iou(boxes[i], area(boxes[i]), boxes[j], area(boxes[j])) : 0;
 }
 

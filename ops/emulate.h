@@ -26,8 +26,8 @@
 #include <thread>
 #include <vector>
 
-#define __global__ static
-#define __device__ inline
+#define __global__
+#define __device__
 #define __shared__ static
 #define __launch_bounds__(threads)
 

@@ -6,14 +6,14 @@
 namespace {
 
 // keys[i] with its index: the larger goes first, no two are equal, and 0 stays 0.
-__device__ Key with_index(const unsigned* keys, int i) {
+inline __device__ Key with_index(const unsigned* keys, int i) {
   return keys[i] == 0 ? 0 : Key(keys[i]) << 32 | unsigned(~i);
 }
 
 // Radix selection: the `wanted`-th largest of with_index(keys, 0..count), or 1 if there are fewer.
 // Eight bits a round, from the top: count how often each digit follows the digits found so far,
 // and go down from the largest digit until `wanted` keys are passed.
-__device__ Key select(const unsigned* __restrict__ keys, int count, int wanted) {
+inline __device__ Key select(const unsigned* __restrict__ keys, int count, int wanted) {
   __shared__ int bins[256], digit, still_wanted, in_bin;
   const int t = threadIdx.x;
   Key found = 0;  // the upper digits of the key that is looked for

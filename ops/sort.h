@@ -13,7 +13,7 @@ constexpr int kSortThreads = 64;  // small blocks: 8,732 boxes still reach every
 
 // The larger key goes first, and no two are equal. Boxes that can never be kept have the upper
 // half 0 and go last. +0 for -0: they compare equal as numbers, and so must their keys.
-__device__ Key sort_key(Box box, float score, int index) {
+inline __device__ Key sort_key(Box box, float score, int index) {
   const unsigned bits = __float_as_uint(score + 0.0f);
   const unsigned rising = bits >> 31 ? ~bits : bits | 0x80000000u;  // negative scores count down
   const bool usable = is_finite(box) && is_finite(score);
