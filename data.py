@@ -439,7 +439,8 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> 
                 raise batch
             yield batch
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        ours = "DataLoader worker", "Pin memory thread"
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ours):
             raise
         raise ChildProcessError(
             f"a data worker died ({repr(error).splitlines()[0]}). If it was killed, memory or "
@@ -453,8 +454,10 @@ def as_it_is(batch):
 
 def start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so is its handler
+    # Both are for the main process, which has to finish a step. A terminal and `timeout` send them
+    # to all processes of the command; a worker ends when it is told to, or when its parent is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------ on the device

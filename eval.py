@@ -475,6 +475,9 @@ def main(argv: list[str] | None = None) -> None:
         Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
     model, checkpoint = load(args.checkpoint, args.device)
     classes, device = model.config.classes, model.priors_cxcywh.device
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # as its inputs: else cuDNN turns every weight
+        torch.backends.cudnn.benchmark = args.fps
     print(
         f"{args.checkpoint}: {model.config.backbone}, {len(classes)} classes, step "
         f"{checkpoint.get('step')}, commit {checkpoint.get('commit')}; on "

@@ -424,7 +424,7 @@ def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
     are as they were."""
     before = [deepcopy(x.state_dict()) for x in states]
     times = []
-    while len(times) < 3 or sum(times) < at_least:
+    while len(times) < 3 or sum(times[1:]) < at_least:
         begin = time.perf_counter()
         one_step().tolist()  # waits for the device
         took = [time.perf_counter() - begin]
@@ -658,4 +658,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]} Try --accumulate 2", file=sys.stderr)
         sys.exit(2)

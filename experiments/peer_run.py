@@ -35,7 +35,7 @@ INPUT = Config(std=(255.0,) * 3)  # for prepare(): (pixel - mean) / 255
 
 def inputs(batch: data.Batch) -> list[Tensor]:
     """What torchvision wants: images (3,300,300) in 0..1; outside the photograph, the mean."""
-    mean = torch.tensor(INPUT.mean, device=batch.images.device)[:, None, None] / 255
+    mean = data.per_channel(INPUT.mean, batch.images.device) / 255
     return list(data.prepare(batch, INPUT) + mean)
 
 

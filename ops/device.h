@@ -20,6 +20,7 @@ using torch::stable::Tensor;
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>  // torch 2.11 does not include it elsewhere
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #define LAUNCH(kernel, grid, block, shared_bytes, stream) \

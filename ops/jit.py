@@ -135,8 +135,9 @@ def _compile(library, sources, flags, *, cuda, emulate):
 
     if emulate:  # ninja's rule for .cu is nvcc: hand it a .cpp that includes the file
         sources = [_wrapper(folder, source) for source in sources]
-    nvcc_flags = list(NVCC_FLAGS)
+    nvcc_flags, link_flags = list(NVCC_FLAGS), [f for f in flags if f.startswith("-fsanitize")]
     if cuda:
+        link_flags += _cudart(cpp_extension.CUDA_HOME)
         nvcc_flags += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in _architectures()]
     files = " ".join(source.name for source in sources)
     hint = f"log: {log}; if this hangs, an earlier build was killed: rm -r {folder}"
@@ -147,7 +148,7 @@ def _compile(library, sources, flags, *, cuda, emulate):
             [str(source) for source in sources],
             extra_cflags=CXX_FLAGS + flags,
             extra_cuda_cflags=nvcc_flags + flags,
-            extra_ldflags=[flag for flag in flags if flag.startswith("-fsanitize")],
+            extra_ldflags=link_flags,
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -196,6 +197,14 @@ def _check_tools(cuda):
             f"Set CUDA_HOME to a toolkit {wanted.split('.')[0]}.x, or install torch for "
             f"CUDA {found[1]}"
         )
+
+
+def _cudart(cuda_home):
+    """Where libcudart is, as a flag of the link. torch looks beside the nvcc on the PATH, and that
+    may be a script or a link to the real one, which knows its own place."""
+    command = [Path(cuda_home) / "bin" / "nvcc", "--dryrun", "-c", "x.cu", "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    return [f"-L{top}/lib64" for top in re.findall(r"^#\$ TOP=(.+)$", said, re.M)]
 
 
 def _explain(output, log):

@@ -8,6 +8,7 @@ SCRATCHDET_DATA names a folder with VOCdevkit/ and coco/; without it the tests o
 """
 
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ sys.path.insert(0, str(ROOT))  # also where pytest is started from another folde
 # One thread: tensors are small here, and threads that wait for each other cost CPU time. Tests of
 # threads set their own number.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Only `-m cuda` sees a GPU: the other tests are the CPU's own (equal bits, ranks of gloo)."""
+    if not re.search(r"(?<!not )\bcuda\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -414,6 +414,19 @@ def test_loading_leaves_the_global_generator_alone(records):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(records):
+    """`timeout` and batch systems send SIGTERM to the whole group; the main process then has a step
+    to finish, and a checkpoint to write."""
+    stream = batches(records, 32, batch_size=2, seed=0, workers=1)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(20):  # more than wait already
+        next(stream)
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
 def test_a_bad_image_reaches_the_main_process_in_one_line(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     record = record_of(tmp_path / "a.jpg", [[1, 1, 5, 5]], size=(10, 10))
