@@ -454,10 +454,10 @@ def as_it_is(batch):
 
 def start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Both are for the main process, which has to finish a step. A terminal and `timeout` send them
-    # to all processes of the command; a worker ends when it is told to, or when its parent is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, and SIGTERM where `timeout` sends it to the whole group, are for the main process,
+    # which has a step to finish. SIGTERM to a worker itself still ends it.
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------ on the device

@@ -136,7 +136,8 @@ def metric_of(kind: str, sets: list[str]) -> str:
     """COCO's AP for COCO, the 11-point one for VOC2007, else the area: a name for `summarise`."""
     if kind == "coco":
         return "coco"
-    return "voc07" if all(name.startswith("2007:") for name in sets) else "voc"
+    years = {name.rpartition(":")[0].removeprefix("VOC") for name in sets}  # 2007 is VOC2007
+    return "voc07" if years == {"2007"} else "voc"
 
 
 # ------------------------------------------------------------------------------ multi-scale testing
@@ -252,13 +253,18 @@ def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> No
 
 def write_results(
     path: str | Path, records: list[Record], detections: list[Detections],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int | None],
 ) -> None:  # fmt: skip
-    """COCO's results JSON: image_id, category_id (the official one), bbox [x, y, w, h], score."""
+    """COCO's results JSON: image_id, category_id (the official one), bbox [x, y, w, h], score.
+
+    `category_ids` of the labels 1, 2, ...; detections of a label whose id is None are left out.
+    """
     rows = []
     for record, found in zip(records, detections, strict=True):
         image_id = int(record.name) if record.name.isdecimal() else record.name
         for (x0, y0, x1, y1), score, label in zip(*(x.tolist() for x in found), strict=True):
+            if category_ids[label - 1] is None:
+                continue
             bbox = [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)]
             row = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox}
             rows.append(row | {"score": round(score, 6)})
@@ -283,7 +289,7 @@ def write_comp4(
             for score, box in zip(found.scores[mine], found.boxes_xyxy[mine], strict=True):
                 corners = " ".join(f"{max(v, 1):.1f}" for v in box)
                 lines.append(f"{record.name} {score:.6f} {corners}\n")
-        files[f"{inside}{name}.txt"] = "".join(lines)
+        files[f"{inside}{name.replace('/', '_')}.txt"] = "".join(lines)
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
@@ -505,6 +511,8 @@ def main(argv: list[str] | None = None) -> None:
         records, names = data.read_voc(root, sets, annotated=not args.comp4)
     records = align(records, names, classes, args.checkpoint)
     metric = metric_of(kind, sets)
+    if args.json and not any(len(r.labels) for r in records):
+        raise ValueError(f"--json {args.json}: {' '.join(sets)} has no annotations to measure by")
     if args.fps:
         tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
         print(f"float32{', convolutions in TF32' * tf32}, {model.config.size} px, images/s")
@@ -537,10 +545,13 @@ def main(argv: list[str] | None = None) -> None:
             official = {category["name"]: category["id"] for category in listing["categories"]}
             ids = [official.get(name) for name in classes]
         write_results(args.results, records, found, ids)
-        print(f"results: {args.results}")
+        unlisted = [name for name, i in zip(classes, ids, strict=True) if i is None]
+        without = f", without {', '.join(unlisted)}: no category of {sets[0]}" if unlisted else ""
+        print(f"results: {args.results}{without}")
     if args.comp4:
         year, _, split = sets[0].rpartition(":")
-        write_comp4(args.comp4, records, found, classes, year or 2012, split)
+        year = year or data.find_set(root, split)[0].absolute().name  # the tree itself was given
+        write_comp4(args.comp4, records, found, classes, year.removeprefix("VOC"), split)
         print(f"comp4 files: {args.comp4}")
     if args.draw:
         for record, one in zip(records, found, strict=True):

@@ -114,10 +114,10 @@ def read_lines(path: str | Path) -> list[tuple[str, str]]:
 
 
 def read_classes(path: str | Path) -> list[str]:
-    """Class names, one a line, without background: label 1 is the first."""
+    """Class names, one a line, without background: label 1 is the first. "# ..." is a comment."""
     if not Path(path).is_file():
         raise ValueError(f"--classes {path}: no such file; expected one class name a line")
-    names = [name for name, _ in read_lines(path)]
+    names = [name for name, _ in read_lines(path) if not name.startswith("#")]
     if not names or len(set(names)) < len(names) or "background" in names:
         raise BadData(path, f"expected different names without background, one a line; got {names}")
     return names
@@ -242,7 +242,7 @@ def list_sets(root: str | Path) -> list[str]:
     """The sets of the trees in `root`, as read_voc takes them; lists of one class are left out."""
     root, sets = Path(root), []
     for tree in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))):
-        year = "" if tree == root else tree.name.removeprefix("VOC") + ":"
+        year = "" if tree == root else re.sub(r"^VOC(?=\d+$)", "", tree.name) + ":"
         for listing in sorted((tree / "ImageSets" / "Main").glob("*.txt")):
             if not re.search("_(train|val|trainval|test)$", listing.stem):
                 sets.append(year + listing.stem)
@@ -257,7 +257,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
         raise ValueError(f"set {name!r}: expected YEAR:SPLIT such as 2007:trainval, or SPLIT")
     root = Path(root)
     trees = [root / folder, root / "VOCdevkit" / folder] if folder else [root]
-    if root.resolve().name == folder:
+    if folder in (root.absolute().name, root.resolve().name):  # a link may have another name
         trees.append(root)
     for tree in trees:
         listing = tree / "ImageSets" / "Main" / f"{split}.txt"
@@ -306,9 +306,10 @@ def read_voc(
             raise BadData(listing, "lists no images")
         bare = 0  # images without an annotation
         for line, where in lines:
-            # "000005", "000005.jpg", and "000005 -1" as in the devkit's lists of one class
-            image_id = re.sub(r"\s+(-1|0|1)$", "", line)
-            if image_id.lower().endswith(SUFFIXES):
+            # "000005", "000005.jpg", and "000005 -1" as in the devkit's lists of one class, unless
+            # an image is called just so: "scan 1.jpg"
+            image_id = line if line in paths else re.sub(r"\s+(-1|0|1)$", "", line)
+            if image_id not in paths and image_id.lower().endswith(SUFFIXES):
                 image_id = image_id.rpartition(".")[0]
             xml = tree / "Annotations" / f"{image_id}.xml"
             try:

@@ -131,10 +131,13 @@ class Config:
             raise ValueError(f"width = {self.width}: expected a number in (0, 4]; 1 is the paper's")
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes = {self.classes}: expected one or more different names")
-        if len(self.std) != 3 or not min(self.std) > 0:
+        if self.size < 1:
+            raise ValueError(f"size = {self.size}: expected pixels; 300 is the paper's")
+        if len(self.std) != 3 or not all(0 < s < math.inf for s in self.std):
             raise ValueError(f"std = {self.std}: expected 3 numbers above 0, of red, green, blue")
-        if self.stem is not None and (len(self.stem) != 3 or self.stem[0] % 2 == 0):
-            raise ValueError(f"stem = {self.stem}: expected (odd kernel, convolutions, stride)")
+        stem = self.stem or (3, 3, 1)
+        if len(stem) != 3 or stem[0] % 2 == 0 or min(stem) < 1:
+            raise ValueError(f"stem = {stem}: expected (odd kernel, convolutions, stride), all > 0")
 
     @property
     def num_classes(self) -> int:

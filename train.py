@@ -141,6 +141,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     base = {"data": kind, "recipe": recipe, "out": f"runs/{recipe}"}
     base |= {"priors": "coco" if kind == "coco" else "voc", "difficult": kind != "coco"}
     base |= zip(("train_sets", "eval_sets"), data.SETS[kind], strict=True)
+    if recipe == "voc12" and kind == "voc":  # section 4.3; VOC2012 test has no public annotations
+        base["train_sets"] = ["2007:trainval", "2007:test", "2012:trainval"]
     if given.init_from:
         defaults = transfer.network_flags(given.init_from) | defaults
     settings = RECIPES[recipe]
@@ -439,6 +441,13 @@ def seconds_a_step(one_step, states: tuple, at_least: float) -> float:
 # ------------------------------------------------------------------------------ what a run says
 
 
+def about_data(train: list[data.Record], test: list[data.Record]) -> str:
+    """How many images there are, and whether the mAP will be of images that are new."""
+    seen = len({r.path for r in train} & {r.path for r in test})
+    note = f" ({seen:,} of them trained on: no measure of new images)" if seen else ""
+    return f"{len(train):,} training images, {len(test):,} to evaluate{note}"
+
+
 def plan(args, images: int, step_seconds: float | None, gib: float, gb: float, device) -> str:
     """What the run will do and, where a step has been timed, what that takes."""
     text = (
@@ -581,7 +590,7 @@ def main(argv: list[str] | None = None) -> dict:
         (out / "detections").mkdir(parents=True, exist_ok=True)  # fails now, if it does
     say(ops.describe())
     say(summary(model))
-    say(f"{len(train):,} training images, {len(test):,} to evaluate, {len(classes)} classes")
+    say(f"{about_data(train, test)}, {len(classes)} classes")
     step_seconds = None
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.

@@ -29,7 +29,7 @@ COCO_NAMES = {  # VOC's name: COCO's, where they differ (coco_voc_map.txt of Caf
 
 
 # The flags that --init-from brings along from its checkpoint.
-NETWORK = ("backbone", "bn", "width", "stem", "extras", "size", "std")
+NETWORK = ("backbone", "bn", "width", "stem", "extras", "priors", "size", "std")
 
 
 def network_flags(init_from: str | Path) -> dict:

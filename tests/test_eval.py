@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -507,6 +508,9 @@ def write_checkpoint(path, model, **more):
     return str(path)
 
 
+FIELDS = ("boxes_xyxy", "labels", "difficult", "area")  # of a record, a row a box
+
+
 class Oracle(torch.nn.Module):
     """A network that answers with the training targets of the records, in their order."""
 
@@ -813,6 +817,27 @@ def test_coco_results_are_what_pycocotools_reads(records, tmp_path, monkeypatch,
     np.testing.assert_allclose(peer.stats, list(coco.values()), atol=0.01)
 
 
+def test_coco_results_have_no_category_that_the_set_does_not_list(
+    records, tmp_path, monkeypatch, capsys
+):
+    """A file of one category: what is found of the others has no official id, and is left out."""
+    kept = CLASSES[1]
+    ours = [r for r in records if 2 in r.labels]
+    mine = [r._replace(**{k: getattr(r, k)[r.labels == 2] for k in FIELDS}) for r in ours]
+    write_coco(tmp_path, mine)
+    listing = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(listing.read_text())
+    content["categories"] = [c for c in content["categories"] if c["name"] == kept]
+    listing.write_text(json.dumps(content))
+    model = Oracle(ours, Config(classes=CLASSES))
+    monkeypatch.setattr(evaluation, "load", lambda *_: (model, {"args": {}}))
+    evaluation.main(["any.pt", "--coco-root", str(tmp_path), "--workers", "0",
+                     "--results", str(tmp_path / "results.json")])  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["category_id"] for row in rows} == {20}
+    assert f"without {CLASSES[0]}, {CLASSES[2]}" in capsys.readouterr().out
+
+
 def test_comp4_files_measure_the_same(tmp_path):
     records, detections = random_case(1)
     whole = [d._replace(boxes_xyxy=d.boxes_xyxy + 1) for d in detections]  # pixels count from 1
@@ -829,6 +854,34 @@ def test_comp4_files_measure_the_same(tmp_path):
     expected = voc_ap(records, whole, 3)
     assert expected["ap11"].min() > 0
     np.testing.assert_allclose(voc_ap(records, read, 3)["ap11"], expected["ap11"])
+
+
+def test_comp4_files_are_named_after_the_tree_and_stay_in_their_folder(shapes, tmp_path):
+    """However the set is written; and a class may have any name."""
+    names = {name: f"../{name}" for name in CLASSES}
+    tree = tmp_path / "VOC2007"
+    shutil.copytree(shapes / "VOC2007" / "JPEGImages", tree / "JPEGImages")
+    (tree / "ImageSets" / "Main").mkdir(parents=True)
+    (tree / "ImageSets" / "Main" / "test.txt").write_text("test00000\n")
+    checkpoint = write_checkpoint(tmp_path / "last.pt", narrow(classes=tuple(names.values())))
+    for i, (root, name) in enumerate(
+        [(tmp_path, "2007:test"), (tmp_path, "VOC2007:test"), (tree, "2007:test"), (tree, "test")]
+    ):
+        out = tmp_path / f"out{i}"
+        evaluation.main([checkpoint, "--voc-root", str(root), "--eval-sets", name,
+                         "--workers", "0", "--comp4", str(out)])  # fmt: skip
+        written = {str(path.relative_to(out)) for path in out.rglob("*.txt")}
+        files = {f"comp4_det_test_.._{name}.txt" for name in CLASSES}
+        assert written == {f"results/VOC2007/Main/{file}" for file in files}
+
+
+def test_the_metric_of_a_set():
+    """11-point is VOC2007's, however its folder is written."""
+    for sets in (["2007:test"], ["VOC2007:test"], ["2007:train", "2007:val"]):
+        assert evaluation.metric_of("voc", sets) == "voc07"
+    for sets in (["2012:val"], ["2007:test", "2012:val"], ["test"], ["2007_small:test"]):
+        assert evaluation.metric_of("voc", sets) == "voc"
+    assert evaluation.metric_of("coco", ["val2017"]) == "coco"
 
 
 def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
@@ -848,6 +901,8 @@ def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
 
     with pytest.raises(ValueError, match="of one set of VOC.* asked of voc, 2012:test 2012:test"):
         evaluation.main([*command, "2012:test"])
+    with pytest.raises(ValueError, match="--json .* 2012:test has no annotations to measure by"):
+        evaluation.main([*command, "--json", str(tmp_path / "numbers.json")])
     (tree / "Annotations").mkdir()  # of one of the two images: a mistake, and not measured
     xml = (shapes / "VOC2007/Annotations/test00000.xml").read_text()
     (tree / "Annotations" / "test00000.xml").write_text(xml)

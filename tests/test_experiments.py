@@ -386,7 +386,8 @@ def test_a_coco_detector_says_the_same_of_vocs_classes(bn, tmp_path, rng):
             p.data.normal_(generator=rng)
     saved = {"config": dataclasses.asdict(source.config), "model": source.state_dict(), "ema": None}
     torch.save(saved, tmp_path / "coco.pt")
-    model = transfer.start(Config(**SMALL, bn=bn), init_from=tmp_path / "coco.pt").eval()
+    config = Config(**SMALL, bn=bn, priors="coco")
+    model = transfer.start(config, init_from=tmp_path / "coco.pt").eval()
     assert model.config == dataclasses.replace(source.config, classes=VOC_CLASSES)
     assert torch.equal(model.priors_cxcywh, source.priors_cxcywh)  # COCO's, smaller than VOC's
     # background, then the official map from COCO's ids to VOC's 20 classes
@@ -418,6 +419,8 @@ def test_the_network_has_to_be_the_checkpoints(tmp_path, rng):
     with pytest.raises(ValueError, match=r"or give 3 1 2"):
         transfer.start(config, init_from=tmp_path / "coco.pt")
     checkpoint(tmp_path / "plain.pt", rng, classes=("dog",))
+    with pytest.raises(ValueError, match=r"has priors voc, this run coco. .*or give voc"):
+        transfer.start(dataclasses.replace(config, priors="coco"), init_from=tmp_path / "plain.pt")
     with pytest.raises(ValueError, match=r"leave out --stem"):
         transfer.start(dataclasses.replace(config, stem=(3, 1, 2)), init_from=tmp_path / "plain.pt")
     with pytest.raises(ValueError, match="no such checkpoint"):
@@ -455,6 +458,9 @@ def test_training_starts_from_the_detector_and_resumes_its_own(tmp_path, rng, mo
     assert torch.equal(next(iter(model.features.parameters())), weight)
 
     arguments = vars(train.parse_args(flags))
+    assert arguments["priors"] == "coco"  # which run.json and the checkpoint then say, too
+    with pytest.raises(ValueError, match="has priors coco, this run voc"):
+        train.main([*flags, "--priors", "voc"])
     (tmp_path / "coco.pt").unlink()
     saved = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "ema": None}
     saved |= {"args": arguments, "step": 1}

@@ -118,6 +118,36 @@ def test_the_folder_above_voc_devkit(voc):
     assert data.list_sets(voc.parent) == ["2007:trainval"]
 
 
+def test_names_that_end_in_a_number(voc):
+    """ "scan 1" is an image here, not "scan" with the 1 of the devkit's lists of one class."""
+    (voc / "JPEGImages/a.jpg").rename(voc / "JPEGImages/scan 1.jpg")
+    (voc / "JPEGImages/b.jpg").rename(voc / "JPEGImages/scan.jpg")
+    (voc / "Annotations/a.xml").rename(voc / "Annotations/scan 1.xml")
+    (voc / "Annotations/b.xml").rename(voc / "Annotations/scan.xml")
+    for lines in ("scan 1\nscan\n", "scan 1.jpg\nscan.jpg\n", "scan 1 -1\nscan  1\n"):
+        (voc / "ImageSets/Main/mine.txt").write_text(lines)
+        records, _ = read_voc(voc.parent, ["2007:mine"])
+        assert [record.path.name for record in records] == ["scan 1.jpg", "scan.jpg"]
+
+
+@pytest.mark.parametrize("name", ["VOCmine", "VOC2007_small", "VOC2012", "mine"])
+def test_the_sets_that_are_listed_are_found(voc, name, capsys):
+    voc.rename(voc.parent / name)
+    (found,) = data.list_sets(voc.parent)
+    assert len(read_voc(voc.parent, [found])[0]) == 2
+    status, out, _ = run_data(
+        capsys, "--check", "--voc-root", voc.parent, "--classes", "auto", "--workers", 1
+    )
+    assert (status, "2 images, 2 objects" in out) == (0, True)
+
+
+def test_a_link_to_a_tree_of_another_name(voc):
+    voc.rename(voc.parent / "copy")
+    voc.symlink_to(voc.parent / "copy")
+    for root in (voc, voc.parent):
+        assert len(read_voc(root, ["2007:trainval"])[0]) == 2
+
+
 @pytest.mark.parametrize("line", ["a -1", "a  1", "a 0", "a.jpg", "\ufeffa", "a\r"])
 def test_lists_as_people_write_them(voc, line):
     (voc / "ImageSets/Main/mine.txt").write_text(f"{line}\n\nb\n", encoding="utf-8")
@@ -246,7 +276,7 @@ def test_a_pixel_over_the_border_and_fractions_are_fine(voc, capsys):
 
 def test_class_files(tmp_path):
     path = tmp_path / "names"
-    path.write_text("dog\n\n toaster \n")
+    path.write_text("# of the kitchen\n\ndog\n\n toaster \n")
     assert data.read_classes(path) == ["dog", "toaster"]
     for content in ("", "dog\ndog\n", "background\ndog\n"):
         path.write_text(content)

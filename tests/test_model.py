@@ -660,6 +660,10 @@ def test_config_survives_json():
         ({"classes": ()}, "classes"),
         ({"classes": ("dog", "dog")}, "different names"),
         ({"stem": (2, 1, 1)}, "odd kernel"),
+        ({"stem": (3, 0, 1)}, "odd kernel"),
+        ({"stem": (3, 3, 0)}, "odd kernel"),
+        ({"size": 0}, "size = 0"),
+        ({"std": (58.0, float("nan"), 58.0)}, "3 numbers above 0"),
     ],
 )
 def test_config_refuses_what_it_does_not_know(fields, said):

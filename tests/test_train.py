@@ -96,6 +96,26 @@ def test_the_other_schedules_of_the_paper(argv, iterations, drops):
         assert after == pytest.approx(0.05 * 0.1 ** (i + 1))
 
 
+def test_voc12_is_trained_on_all_of_voc07():
+    """Section 4.3: 07 trainval + test and 12 trainval; what is given on the command line wins."""
+    args = train.parse_args(["--voc-root", "x", "--recipe", "voc12"])
+    assert args.train_sets == ["2007:trainval", "2007:test", "2012:trainval"]
+    given = ["--voc-root", "x", "--recipe", "voc12", "--train-sets", "2012:train"]
+    assert train.parse_args(given).train_sets == ["2012:train"]
+    assert train.parse_args(["--recipe", "voc12"]).train_sets == ["2007:train"]  # shapes
+
+
+def test_images_that_are_trained_on_and_measured_are_said(shapes_root):
+    train_set, test = (
+        data.read_voc(shapes_root, [f"2007:{name}"], data.SHAPE_CLASSES)[0]
+        for name in ("train", "test")
+    )
+    said = train.about_data(train_set, test)
+    assert said == f"{len(train_set)} training images, {len(test)} to evaluate"
+    said = train.about_data(train_set + test[:3], test)
+    assert said.endswith("to evaluate (3 of them trained on: no measure of new images)")
+
+
 def test_linear_schedule_rises_and_falls_to_zero():
     argv = ["--schedule", "linear", "--warmup", "0.1", "--lr", "0.4", "--iterations", "100"]
     got = rates(argv, list(range(100)))
