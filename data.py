@@ -84,6 +84,8 @@ def kind_of(args: argparse.Namespace, default: str = "shapes") -> str:
 
 # ------------------------------------------------------------------------------ augmentation
 
+# ssd: colour, expand, crop, flip; crop: the same, not expanded; flip; none
+AUGMENT = ("ssd", "crop", "flip", "none")
 MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # samplers 1 to 5; 0 is the whole, 6 any crop
 TRIALS = 50
 PREFETCH = 4  # batches that wait, for each worker
@@ -149,9 +151,11 @@ def flip(boxes_xyxy: np.ndarray) -> np.ndarray:
     return np.stack([1 - x1, y0, 1 - x0, y1], axis=1)
 
 
-def draw_source(boxes_xyxy: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def draw_source(
+    boxes_xyxy: np.ndarray, labels: np.ndarray, rng: np.random.Generator, *, expands: bool = True
+) -> np.ndarray:
     """Expand, then crop: what the network will see of the image, (4,) xyxy in units of it."""
-    canvas = expand(rng)
+    canvas = expand(rng) if expands else np.array(WHOLE)
     corner, side = canvas[:2], canvas[2:] - canvas[:2]
     part = crop(project(boxes_xyxy, labels, canvas)[0], rng)
     return np.concatenate([corner + part[:2] * side, corner + part[2:] * side])
@@ -322,8 +326,8 @@ class Dataset(torch.utils.data.Dataset):
         self, records: list[Record], size: int, *, seed: int = 0, augment: str = "ssd",
         keep_difficult: bool = True, cache: str | Path | None = None,
     ):  # fmt: skip
-        if augment not in ("ssd", "flip", "none"):
-            raise ValueError(f"augment is {augment!r}; expected ssd, flip or none")
+        if augment not in AUGMENT:
+            raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENT)}")
         self.records, self.size, self.seed, self.augment = records, size, seed, augment
         self.keep_difficult = keep_difficult
         self.cache = None if cache is None else build_cache(records, cache)
@@ -338,8 +342,9 @@ class Dataset(torch.utils.data.Dataset):
         if not self.keep_difficult:
             boxes, labels = boxes[~record.difficult], labels[~record.difficult]
         source, colour = np.array(WHOLE), PLAIN
-        if self.augment == "ssd":
-            source, colour = draw_source(boxes, labels, rng), draw_colour(rng)
+        if self.augment in ("ssd", "crop"):
+            source = draw_source(boxes, labels, rng, expands=self.augment == "ssd")
+            colour = draw_colour(rng)
         source, part, inside, factor = snap(source, record.size, self.size)
         boxes, labels = project(boxes, labels, source)
         pixels = None
@@ -676,7 +681,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--check", action="store_true", help="read and decode everything, list what is wrong")
     add("--bench", action="store_true", help="measure images/s of one core")
     add("--out", default="sheet.png", help="the contact sheet")
-    add("--augment", choices=("ssd", "flip", "none"), default="ssd")
+    add("--augment", choices=AUGMENT, default="ssd")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=os.cpu_count(), help="threads of --check")
     args = parser.parse_args(argv)

@@ -176,7 +176,10 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
             raise ValueError(f"elements nested more than {MAX_DEPTH} deep")
         stack.append(tag)
         text.clear()
-        if stack[1:] == ["object"]:
+        if tag == "object":
+            if len(stack) != 2:
+                inside = "/".join(stack[:-1])
+                raise ValueError(f"<object> in <{inside}>; expected in the outermost element")
             leaves.append(("object", "", parser.CurrentLineNumber))
 
     def end(_):
@@ -208,7 +211,10 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         if tag == "object":
             objects.append({"where": f"{xml}:{line}"})
         elif tag.startswith("object/"):
-            objects[-1].setdefault(tag.removeprefix("object/"), text)
+            part = tag.removeprefix("object/")
+            if part in objects[-1] and part.startswith(("name", "difficult", "bndbox/")):
+                objects[-1]["twice"] = part.partition("/")[0]
+            objects[-1].setdefault(part, text)
         else:
             head.setdefault(tag, text)
     if not stays_inside(head.get("filename", "-")):
@@ -227,6 +233,8 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         difficult = entry.get("difficult", "0")
         if name is None:
             found.refuse(where, "an object without a name")
+        elif "twice" in entry:
+            found.refuse(where, f"{name}: an object with two of <{entry['twice']}>; expected one")
         elif difficult not in ("0", "1"):
             found.refuse(where, f"{name}: difficult must be 0 or 1; got {difficult[:60]!r}")
         elif check_box(box, size, name, where, found):

@@ -85,7 +85,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--eval-sets", nargs="+", metavar="SET", help="likewise")
     add("--classes", metavar="FILE",
         help="names, one a line, or 'auto': those in the annotations; else the 20 of VOC")
-    add("--augment", choices=["ssd", "flip", "none"], help="ssd: colour, expand, crop, flip")
+    add("--augment", choices=data.AUGMENT,
+        help="ssd: colour, expand, crop, flip; crop: the same without expand")
     add("--difficult", action=yes_no,
         help="train on objects marked difficult (VOC: yes) or crowd (COCO: no)")
     add("--overfit", type=int, default=0, metavar="N",
@@ -169,6 +170,8 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
     if not getattr(args, f"{args.data}_root"):
         raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
+    if given.stem and args.backbone in ("vgg16", "dsod300", "ssd321"):
+        raise ValueError(f"--stem: {args.backbone} has its own first layers. --stem is for ResNets")
     if args.data == "coco" and args.classes:
         raise ValueError(f"--classes {args.classes}: COCO's files list their own; leave it out")
 

@@ -358,6 +358,23 @@ def test_augmentation_differs_from_epoch_to_epoch(records):
     assert len({tuple(row.tolist()) for row in two.colour}) > 4
 
 
+@pytest.mark.parametrize(
+    ("augment", "shrinks", "crops", "colours"),
+    [("ssd", True, True, True), ("crop", False, True, True), ("flip", False, False, False)],
+)
+def test_strengths_of_augmentation(records, augment, shrinks, crops, colours):
+    """What 40 samples show: the space beside the image, boxes cut off by a crop, colours."""
+    dataset = data.Dataset(records[:2], 64, augment=augment)
+    plain = data.Dataset(records[:2], 64, augment="none")
+    samples = [dataset[epoch, i] for i in (0, 1) for epoch in range(40)]
+    assert any(inside != [0, 0, 64, 64] for _, inside, *_ in samples) == shrinks
+    widest = [max(np.diff(plain[0, i][3][:, ::2])) for i in (0, 1)]
+    wider = [(np.diff(boxes[:, ::2]) > widest[i] + 0.05).any() for *_, boxes, _, i in samples]
+    assert any(wider) == crops
+    assert any(colour != data.PLAIN for _, _, colour, *_ in samples) == colours
+    assert len({boxes.tobytes() for *_, boxes, _, i in samples if i == 0}) > 1
+
+
 def test_ranks_share_the_stream_of_one_process(records):
     whole = list(batches(records, 64, batch_size=4, seed=3, num_steps=4))
     for rank in (0, 1):
@@ -445,7 +462,7 @@ def test_a_killed_worker_is_a_clear_error(records):
 
 
 def test_arguments_are_checked(records):
-    with pytest.raises(ValueError, match="expected ssd, flip or none"):
+    with pytest.raises(ValueError, match="expected one of ssd, crop, flip, none"):
         batches(records, 32, batch_size=2, seed=0, augment="all")
     with pytest.raises(ValueError, match="no images"):
         batches([], 32, batch_size=2, seed=0)

@@ -226,6 +226,15 @@ def test_one_name_is_not_a_list_of_names(voc):
         (xml_of(an_object(box=(1, 6, "", 31))), "four numbers"),
         (xml_of(an_object(box=(1, 6, "1_0", 31))), "four numbers"),
         (xml_of("<object><name>dog</name></object>"), "four numbers"),
+        (
+            xml_of(an_object().replace("</object>", "<bndbox><xmin>1</xmin></bndbox></object>")),
+            "a.xml:4: dog: an object with two of <bndbox>",
+        ),
+        (xml_of(an_object().replace("<name>", "<name>cat</name><name>")), "two of <name>"),
+        (
+            xml_of("<objects>", an_object(), "</objects>"),
+            r"a.xml:4: broken XML: <object> in <annotation/objects>; expected in the outermost",
+        ),
         (xml_of(an_object(difficult="maybe")), "difficult must be 0 or 1; got 'maybe'"),
         (xml_of(an_object(), size=(-60, 40)), "whole numbers of pixels"),
         (xml_of(an_object(), size=("x", 40)), "whole numbers of pixels"),

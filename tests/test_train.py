@@ -156,6 +156,7 @@ def test_the_linear_rule():
         ("--recipe budget --drops 0.5", "--drops: the schedule is a line"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
         ("--data coco", "--data coco: where is it"),
+        ("--backbone vgg16 --stem 3 1 1", "--stem: vgg16 has its own"),
         ("--coco-root x --classes names.txt", "--classes names.txt: COCO's files"),
     ],
 )
