@@ -49,6 +49,7 @@ from records import (  # noqa: F401  (the other programs find all about data her
     Record,
     decode,
     exif_orientation,
+    find_listing,
     find_set,
     list_sets,
     open_image,

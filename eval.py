@@ -375,7 +375,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = parser.add_argument_group("output")
     g.add_argument("--draw", metavar="DIR", help="write the images with boxes, labels and scores")
     g.add_argument("--json", metavar="FILE", help="the numbers; with --images, all detections")
-    g.add_argument("--results", metavar="FILE", help="COCO results JSON")
+    g.add_argument("--results", metavar="FILE", help="COCO results JSON, of a test set, too")
     g.add_argument("--comp4", metavar="DIR|FILE", help="VOC server files; FILE.tar.gz: the archive")
     g.add_argument("--export", metavar="FILE", help="write network + decoding by torch.export")
     g.add_argument("--fps", action="store_true", help="time batch 1 and 8, with and without NMS")
@@ -506,7 +506,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{kind}, {' '.join(sets)}"
         )
     if kind == "coco":
-        records, names = data.read_coco(root, sets)
+        records, names = data.read_coco(root, sets, annotated=not args.results)
     else:
         records, names = data.read_voc(root, sets, annotated=not args.comp4)
     records = align(records, names, classes, args.checkpoint)
@@ -541,8 +541,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.results:
         ids = range(1, len(classes) + 1)
         if kind == "coco":
-            listing = json.loads(Path(root, f"annotations/instances_{sets[0]}.json").read_bytes())
-            official = {category["name"]: category["id"] for category in listing["categories"]}
+            listing = data.find_listing(root, sets[0], annotated=False)[0]
+            categories = json.loads(listing.read_bytes())["categories"]
+            official = {category["name"]: category["id"] for category in categories}
             ids = [official.get(name) for name in classes]
         write_results(args.results, records, found, ids)
         unlisted = [name for name, i in zip(classes, ids, strict=True) if i is None]

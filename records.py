@@ -367,9 +367,14 @@ def read_voc(
 
 
 def read_coco(
-    root: str | Path, sets: Sequence[str], findings: Findings | None = None
+    root: str | Path,
+    sets: Sequence[str],
+    findings: Findings | None = None,
+    *,
+    annotated: bool = True,
 ) -> tuple[list[Record], list[str]]:
     """Records of annotations/instances_<set>.json with the images in <set>/, and class names.
+    Not `annotated`: a test set may be annotations/image_info_<set>.json instead.
 
     Label k is the k-th category by id, which has to be the same in all sets. Crowd regions come as
     `difficult`. Boxes without area (two in train2017) are left out, and said. Raises ValueError,
@@ -379,9 +384,9 @@ def read_coco(
         raise ValueError(f"sets is a list of one or more names; got {sets!r}")
     found, records, classes, seen = findings or Findings(), [], None, {}
     for name in sets:
-        more, names = read_instances(root, name, found)
+        more, names = read_instances(*find_listing(root, name, annotated), found)
         if names != (classes or names):
-            where = Path(root, "annotations", f"instances_{name}.json")
+            where = find_listing(root, name, annotated)[0]
             found.refuse(where, f"its categories are not those of the sets before: {names}")
         for record in more:
             if seen.setdefault(record.name, name) != name:
@@ -391,18 +396,29 @@ def read_coco(
     return records, classes
 
 
-def read_instances(root: str | Path, split: str, found: Findings) -> tuple[list[Record], list[str]]:
-    """One set of read_coco."""
+def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[Path, Path]:
+    """COCO's file of a set, and the folder of its images; test-dev2017's are in test2017/."""
     listing, folder = Path(root, "annotations", f"instances_{split}.json"), Path(root, split)
+    if not annotated and not listing.is_file():
+        listing = listing.with_name(f"image_info_{split}.json")
+        folder = folder.with_name(split.replace("-dev", ""))
     if not listing.is_file() or not folder.is_dir():
         raise ValueError(
-            f"--coco-root {root}: no annotations/{listing.name} and {split}/ below it. "
+            f"--coco-root {root}: no annotations/{listing.name} and {folder.name}/ below it. "
             "Expected the folder that contains both"
+            + " (a test set without annotations: only eval.py --results takes it)"
+            * annotated
         )
+    return listing, folder
+
+
+def read_instances(listing: Path, folder: Path, found: Findings) -> tuple[list[Record], list[str]]:
+    """One set of read_coco."""
 
     def refuse_constant(name):
         raise ValueError(f"{name} is no JSON number")
 
+    infos = listing.name.startswith("image_info")  # a test set's: without annotations
     try:
         data = json.loads(read_bytes(listing), parse_constant=refuse_constant)
         categories = sorted((int(c["id"]), str(c["name"])) for c in data["categories"])
@@ -412,7 +428,7 @@ def read_instances(root: str | Path, split: str, found: Findings) -> tuple[list[
         annotations = [
             (int(a["id"]), int(a["image_id"]), int(a["category_id"]),
              [number(v) for v in a["bbox"]], a.get("iscrowd", 0), number(a.get("area")))
-            for a in data["annotations"]
+            for a in (data.get("annotations", ()) if infos else data["annotations"])
         ]  # fmt: skip
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -462,7 +478,7 @@ def read_instances(root: str | Path, split: str, found: Findings) -> tuple[list[
             path, label = folder / file_name, label.astype(np.int64)
             size = sizes[image_id]
             records.append(Record(str(image_id), path, size, boxes, label, crowd == 1, area))
-    if not any(len(record.labels) for record in records):
+    if not infos and not any(len(record.labels) for record in records):
         found.refuse(listing, f"no objects at all in {len(records)} images")
     return records, [name for _, name in categories]
 

@@ -838,6 +838,31 @@ def test_coco_results_have_no_category_that_the_set_does_not_list(
     assert f"without {CLASSES[0]}, {CLASSES[2]}" in capsys.readouterr().out
 
 
+def test_a_coco_test_set_has_results_without_numbers(records, tmp_path, monkeypatch, capsys):
+    """image_info_test-dev2017.json has no annotations, and its images lie in test2017/."""
+    write_coco(tmp_path, records)
+    (tmp_path / "val2017").rename(tmp_path / "test2017")
+    listing = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(listing.read_text())
+    del content["annotations"]
+    listing.unlink()
+    listing.with_name("image_info_test-dev2017.json").write_text(json.dumps(content))
+    model = Oracle(records, Config(classes=CLASSES))
+    monkeypatch.setattr(evaluation, "load", lambda *_: (model, {"args": {}}))
+    argv = ["any.pt", "--coco-root", str(tmp_path), "--eval-sets", "test-dev2017", "--workers", "0"]
+    with pytest.raises(
+        ValueError, match="instances_test-dev2017.json .*without annotations.*--res"
+    ):
+        evaluation.main(argv)
+    results = tmp_path / "results.json"
+    evaluation.main([*argv, "--results", str(results)])
+    assert {row["image_id"] for row in json.loads(results.read_text())} <= {
+        image["id"] for image in content["images"]
+    }
+    assert "AP" not in capsys.readouterr().out
+    assert len(json.loads(results.read_text())) >= sum(len(r.labels) for r in records)
+
+
 def test_comp4_files_measure_the_same(tmp_path):
     records, detections = random_case(1)
     whole = [d._replace(boxes_xyxy=d.boxes_xyxy + 1) for d in detections]  # pixels count from 1
