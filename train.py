@@ -62,8 +62,9 @@ RECIPES = {
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on
-# "budget" on a CPU: 25 images/s a core in place of 1. Flips alone: in so few images the full
-# augmentation shows too few large objects (compared on a part of VOC2007 train: docs/results.md).
+# "budget" on a CPU: 25 images/s a core in place of 1. Flips alone: so narrow a network learns too
+# slowly from more, though it then learns less by heart (mAP of an hour .27, with crops .21; in
+# docs/results.md, with what else was tried).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 
