@@ -377,10 +377,10 @@ class Dataset(torch.utils.data.Dataset):
 
 def batches(
     records: list[Record], size: int, *, batch_size: int, seed: int, augment: str = "ssd",
-    start_step: int = 0, num_steps: int | None = None, workers: int = 0, rank: int = 0,
-    world: int = 1, keep_difficult: bool = True, cache: str | Path | None = None, pin: bool = False,
+    start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
+    keep_difficult: bool = True, cache: str | Path | None = None, pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
-    """The endless stream of training batches, or `num_steps` of it, from `start_step` on.
+    """The endless stream of training batches, from `start_step` on.
 
     Sample p of the stream is image permutation(seed, epoch)[p % len(records)] of epoch
     p // len(records). Batch s of rank r takes the samples (s * world + r) * batch_size and on: so
@@ -398,9 +398,8 @@ def batches(
     )
 
     def order():
-        steps = itertools.count() if num_steps is None else range(num_steps)
-        for step in steps:
-            first = ((start_step + step) * world + rank) * batch_size
+        for step in itertools.count(start_step):
+            first = (step * world + rank) * batch_size
             epochs = [divmod(p, len(records)) for p in range(first, first + batch_size)]
             yield [(e, int(permutation(seed, e, len(records))[i])) for e, i in epochs]
 
