@@ -63,8 +63,9 @@ RECIPES = {
 }
 # fmt: on
 # "budget" on a CPU: 25 images/s a core in place of 1. Flips alone: so narrow a network learns too
-# slowly from more, though it then learns less by heart (mAP of an hour .27, with crops .21; in
-# docs/results.md, with what else was tried).
+# slowly from more, though it then learns less by heart (mAP of an hour .27, with crops .21). What
+# did not help: drops for the line to zero, averaged weights, half the batch, less warm-up, other
+# widths (docs/results.md has the numbers).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 
