@@ -61,8 +61,9 @@ def to_pixels(
 class Progress:
     """One live line on a terminal; elsewhere a line every half minute."""
 
-    def __init__(self, total: int, what: str | None):
-        self.total, self.what, self.start, self.said = total, what, time.monotonic(), 0.0
+    def __init__(self, total: int, what: str | None, unit: str = "images"):
+        self.total, self.what, self.unit = total, what, unit
+        self.start, self.said = time.monotonic(), 0.0
         self.live = sys.stderr.isatty()
 
     def __call__(self, done: int) -> None:
@@ -71,7 +72,7 @@ class Progress:
         if now - self.said < (0.5 if self.live else 30) and not (self.live and done == self.total):
             return
         eta = round((self.total - done) / max(1e-9, rate))
-        line = f"{self.what} {done}/{self.total}  {rate:.1f} images/s  "
+        line = f"{self.what} {done}/{self.total}  {rate:.1f} {self.unit}/s  "
         line += f"ETA {eta // 60}:{eta % 60:02}"
         print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True,
               end="\n" if not self.live or done == self.total else "")  # fmt: skip
@@ -356,19 +357,35 @@ def frames_per_second(model: ScratchDet, records: list[Record], batch_size: int)
 # ---------------------------------------------------------------------------------- command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("checkpoint", help="a file of train.py; it knows its network and classes")
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """What to measure on, and with what: also of experiments/compare.py."""
     g = parser.add_argument_group("data (none given: what the checkpoint was evaluated on)")
     g.add_argument("--data", choices=["shapes", "voc", "coco"], help="follows from the root given")
     g.add_argument("--voc-root", metavar="DIR", help="folder that holds VOC2007/, or the one above")
     g.add_argument("--coco-root", metavar="DIR", help="folder that holds annotations/, val2017/")
     g.add_argument("--shapes-root", metavar="DIR", help="default runs/shapes-data")
     g.add_argument("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
-    g.add_argument("--images", metavar="DIR|FILE", help="your own pictures: detect, do not measure")
+    g = parser.add_argument_group("system")
+    g.add_argument("--batch-size", type=int, default=8)
+    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """ValueError for a device that is not here, or a number out of its range."""
+    machine.check_device(args.device)
+    machine.check_range(args, "batch_size", 1)
+    machine.check_range(args, "workers", 0)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a file of train.py; it knows its network and classes")
+    add_shared_flags(parser)
+    parser.add_argument("--images", metavar="DIR|FILE", help="your pictures: detect, not measure")
     g = parser.add_argument_group("detection")
     g.add_argument("--multi-scale", action="store_true", help="our recipe: 9 scales, mirrored")
     g.add_argument("--min-score", type=float, default=0.3, help="of what is drawn or printed")
@@ -379,10 +396,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--comp4", metavar="DIR|FILE", help="VOC server files; FILE.tar.gz: the archive")
     g.add_argument("--export", metavar="FILE", help="write network + decoding by torch.export")
     g.add_argument("--fps", action="store_true", help="time batch 1 and 8, with and without NMS")
-    g = parser.add_argument_group("system")
-    g.add_argument("--batch-size", type=int, default=8)
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
@@ -410,6 +423,14 @@ def align(
         )
     lookup = np.array([0] + [classes.index(name) + 1 for name in names])
     return [record._replace(labels=lookup[record.labels]) for record in records]
+
+
+def read_records(
+    kind: str, root: str | Path, sets: list[str], classes: tuple[str, ...], where: str, **flags
+) -> list[Record]:
+    """What `data_source` found, with labels as the checkpoint `where` counts its `classes`."""
+    read = data.read_coco if kind == "coco" else data.read_voc
+    return align(*read(root, sets, **flags), classes, where)
 
 
 def output_folder(path: str, sources: list[Path]) -> Path:
@@ -470,9 +491,7 @@ def own_pictures(model: ScratchDet, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    machine.check_device(args.device)
-    machine.check_range(args, "batch_size", 1)
-    machine.check_range(args, "workers", 0)
+    check_shared(args)
     if args.images and (args.fps or args.results or args.comp4 or args.voc_root or args.coco_root):
         raise ValueError("--images measures nothing: of the outputs it takes --draw and --json")
     if args.fps and (args.draw or args.json or args.results or args.comp4):
@@ -505,11 +524,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
             f"{kind}, {' '.join(sets)}"
         )
-    if kind == "coco":
-        records, names = data.read_coco(root, sets, annotated=not args.results)
-    else:
-        records, names = data.read_voc(root, sets, annotated=not args.comp4)
-    records = align(records, names, classes, args.checkpoint)
+    test_set = args.results if kind == "coco" else args.comp4  # comes without annotations
+    records = read_records(kind, root, sets, classes, args.checkpoint, annotated=not test_set)
     metric = metric_of(kind, sets)
     if args.json and not any(len(r.labels) for r in records):
         raise ValueError(f"--json {args.json}: {' '.join(sets)} has no annotations to measure by")

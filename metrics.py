@@ -11,7 +11,7 @@ Boxes here are `_xyxy` in PIXELS of the original image, not in units of the imag
 References: the VOC2007 devkit (VOCevaldet); COCOeval of pycocotools.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +153,16 @@ def voc_ap(
     ones, and so is a detection of another size that finds nothing (as in COCO).
     Labels are 1..num_classes. Raises ValueError for lists that do not belong together.
     """
+    average = voc_matched(records, detections, num_classes, iou_threshold)
+    ap11, area, curves = average()
+    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
+    return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
+
+
+def voc_matched(
+    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
+) -> Callable:
+    """Matches as `voc_ap` says -> a function that averages, of some sizes or some images only."""
     (gt_key, gt_xyxy, difficult, _), (key, xyxy) = flatten(records, detections, num_classes)
     det = Rows(key, xyxy, np.prod(xyxy[:, 2:] - xyxy[:, :2] + 1, axis=1))
     gt = Rows(gt_key, gt_xyxy, np.prod(gt_xyxy[:, 2:] - gt_xyxy[:, :2] + 1, axis=1))
@@ -165,44 +175,51 @@ def voc_ap(
     found[d[best]] = g[best]
 
     images = max(1, len(records))
+    image, gt_image = key % images, gt_key % images
     starts = np.searchsorted(key // images, np.arange(num_classes + 1))  # key is sorted by class
     scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
-    side, gt_side = (
-        np.sqrt(np.maximum(rows.area * scale[rows.key % images], 0)) for rows in (det, gt)
-    )
+    side = np.sqrt(np.maximum(det.area * scale[image], 0))
+    gt_side = np.sqrt(np.maximum(gt.area * scale[gt_image], 0))
 
-    def average(low, high):
-        """AP of the ground truth whose side is in [low, high): ap11, area, curves."""
+    def average(low=0.0, high=np.inf, times=None):
+        """AP of the ground truth whose side is in [low, high): ap11, area, curves.
+
+        `times` (N,) integers: how often each image counts, if not once.
+        """
+        times = np.ones(images, int) if times is None else times
         ignored = difficult | (gt_side < low) | (gt_side >= high)
         skip = np.where(found >= 0, np.append(ignored, False)[found], (side < low) | (side >= high))
+        skip |= times[image] == 0
         rows = np.flatnonzero((found >= 0) & ~skip)
         rows = np.sort(rows[np.unique(found[rows], return_index=True)[1]])  # first of each: tp
-        counted = np.append(0, np.cumsum(~skip))  # true and false positives before each row
-        positives = np.bincount(gt_key[~ignored] // images, minlength=num_classes)
+        # true and false positives before each row
+        counted = np.append(0, np.cumsum(np.where(skip, 0, times[image])))
+        objects = gt_key[~ignored] // images, times[gt_image[~ignored]]
+        positives = np.bincount(*objects, minlength=num_classes)
         ap, curves = np.full((2, num_classes), np.nan), []
         for c in range(num_classes):
             tp = rows[slice(*np.searchsorted(rows, starts[c : c + 2]))]
-            hits = np.arange(1, len(tp) + 1)
+            gains = times[image[tp]]
+            hits = np.cumsum(gains)
             recall = hits / max(1, positives[c])
             precision = hits / (counted[tp + 1] - counted[starts[c]])
             curves.append((recall, precision))
             if positives[c]:
-                ap[:, c] = interpolate(recall, precision, positives[c])
+                ap[:, c] = interpolate(recall, precision, gains / positives[c])
         return *ap, curves
 
-    ap11, area, curves = average(0, np.inf)
-    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
-    return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
+    return average
 
 
-def interpolate(recall: Array, precision: Array, positives: int) -> tuple[float, float]:
-    """11-point AP and the area under the envelope, from the points at the true positives."""
+def interpolate(recall: Array, precision: Array, steps: Array) -> tuple[float, float]:
+    """11-point AP and the area under the envelope, from the points at the true positives, each of
+    which raised the recall by one of `steps`."""
     # precision only falls between true positives, so the best at recall >= r is at one of them
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3: the
     # published numbers (py-faster-rcnn's voc_eval) were made so, and it moves a class by up to .001
     points = np.searchsorted(recall, np.arange(0, 1.1, 0.1))  # the first with recall >= r
-    return best[points].mean(), best.sum() / positives
+    return best[points].mean(), best[:-1] @ steps
 
 
 def mean(ap: Array) -> float:

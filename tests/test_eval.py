@@ -24,7 +24,8 @@ from PIL import Image
 
 import data
 import eval as evaluation
-from metrics import COCO_NAMES, Detections, coco_ap, mean, voc_ap
+from experiments import compare
+from metrics import COCO_NAMES, SIZES, Detections, coco_ap, mean, voc_ap, voc_matched
 from scratchdet import Config, ScratchDet, assign_targets, detect
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +211,21 @@ def random_case(seed, images=12, classes=3, objects=8, guesses=40, crowd=0.2):
         )
         detections.append(found(guess, scores, named))
     return records, detections
+
+
+@pytest.mark.parametrize("seed", range(0, 8, 2))  # no ties: their order is that of the images
+def test_voc_of_images_that_count_several_times(seed):
+    records, detections = random_case(seed)
+    times = np.random.default_rng(seed).integers(0, 4, len(records))
+    again = np.repeat(np.arange(len(records)), times)
+    expected = voc_ap([records[i] for i in again], [detections[i] for i in again], 4)
+    average = voc_matched(records, detections, 4)
+    ap11, area, _ = average(times=times)
+    np.testing.assert_allclose(ap11, expected["ap11"], atol=1e-12)
+    np.testing.assert_allclose(area, expected["area"], atol=1e-12)
+    for name, sides in SIZES.items():
+        got = [mean(ap) for ap in average(*sides, times)[:2]]
+        np.testing.assert_allclose(got, expected["by_size"][name], atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -749,6 +765,34 @@ def test_draw_sheet(records, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("run") / "last.pt", narrow(classes=CLASSES))
+
+
+def test_bootstrap_of_a_perfect_and_a_worse_detector(records):
+    """The perfect one is at its ceiling in every draw; the other misses the objects of a few."""
+    whole = [found(r.boxes_xyxy, np.ones(len(r.labels)), r.labels) for r in records]
+    misses = [found([], []) if i % 4 == 0 else one for i, one in enumerate(whole)]
+    matched = [voc_matched(records, one, len(CLASSES)) for one in (whole, misses)]
+    values = compare.bootstrap(matched, len(records), 200, "voc")  # (201, 2, 4)
+    assert values.shape == (201, 2, 4)
+    np.testing.assert_allclose(values[:, 0, 0], 1)
+    expected = voc_ap(records, misses, len(CLASSES))
+    assert values[0, 1, 0] == pytest.approx(mean(expected["area"]))
+    assert values[0, 1, 3] == pytest.approx(expected["by_size"]["large"][1], nan_ok=True)
+    assert 0.6 < values[1:, 1, 0].mean() < 0.9  # three quarters are found
+    assert 0.02 < values[1:, 1, 0].std() < 0.3
+    assert (values[1:, 1, 0] < 1).mean() > 0.9  # (3/4)**12 of the draws have none of the four
+
+
+def test_command_compares(checkpoint, shapes, tmp_path, capsys):
+    other = write_checkpoint(tmp_path / "other.pt", narrow(classes=CLASSES[::-1]))
+    words = [checkpoint, other, "--voc-root", str(shapes), "--workers", "0", "--draws", "20"]
+    compare.main(words)
+    text = capsys.readouterr().out
+    assert "12 images of 2007:test, 20 draws, 11-point mAP" in text
+    assert "A - B" in text
+    assert "of the draws" in text
+    with pytest.raises(ValueError, match="--draws 0: expected 1 or more"):
+        compare.main([*words[:-1], "0"])
 
 
 def test_command_measures_and_draws(checkpoint, shapes, tmp_path, capsys):
