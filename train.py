@@ -407,7 +407,8 @@ def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part
         log[:3] += torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach()
     log[:3] /= args.accumulate
     if args.log_gradients:
-        log[3] = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]  # else frozen
+        log[3] = nn.utils.get_total_norm(gradients)
     log[4] = float(bool(stop))
     if dist.is_initialized():
         dist.all_reduce(log)

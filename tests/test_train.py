@@ -6,6 +6,7 @@ fifth of the work of the root block.
 
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -413,6 +414,25 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         log.write('{"step": 3, "lo')  # a line that the machine died in
     train.main(flags)
     assert_same_run(whole_run, tmp_path)
+
+
+def test_frozen_weights_stay_and_the_others_learn(shapes_root):
+    """A network of one's own, with a part that has no gradients."""
+    args = train.parse_args(["--batch-size", "2"])
+    args.bf16 = False
+    records, classes = data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)
+    model = ScratchDet(Config(backbone="resnet18", width=0.125, classes=tuple(classes)))
+    model.features.stem.requires_grad_(False)
+    frozen, free = model.features.stem[0][0].weight, model.head.loc[0][0].weight
+    before = frozen.clone(), free.clone()
+    optimizer = torch.optim.SGD(train.parameter_groups(model, 5e-4), lr=0.1, momentum=0.9)
+    batches = data.batches(records, 300, batch_size=2, seed=0, augment="flip")
+    log, _ = train.forward_backward(model, model, batches, args)
+    wanted = math.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.requires_grad))
+    assert log[3].item() == pytest.approx(wanted, rel=1e-4)
+    train.update(optimizer, model, None, 0, args)
+    assert torch.equal(frozen, before[0])
+    assert not torch.equal(free, before[1])
 
 
 def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
