@@ -68,6 +68,9 @@ RECIPES = {
 # widths (docs/results.md has the numbers).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
+# A resumed run takes these from its checkpoint, too, but may be given others: its data may have
+# moved, and where it stopped at a step that was not finite, it may leave that out.
+CHANGEABLE = ("voc_root", "coco_root", "shapes_root", "classes", "skip_nonfinite")
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -301,11 +304,12 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     saved = {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
     args = parse_args(argv, **saved)
     for key, value in saved.items():
-        if getattr(args, key) != value:
+        now, changeable = getattr(args, key), key in CHANGEABLE and value is not None
+        same = json.dumps(now) == json.dumps(value)  # (1, 1) of a recipe and [1, 1] of a flag
+        if not same and not changeable:
             raise ValueError(
-                f"--{key.replace('_', '-')} {getattr(args, key)}: {args.out} was started with "
-                f"{value}. A resumed run goes on as it began: leave the flag out, or choose "
-                "another --out"
+                f"--{key.replace('_', '-')} {now}: {args.out} was started with {value}. A resumed "
+                "run goes on as it began: leave the flag out, or choose another --out"
             )
     return args, checkpoint
 
@@ -552,6 +556,11 @@ def main(argv: list[str] | None = None) -> dict:
     torch.backends.cudnn.benchmark = True  # of one shape, all: seek the fastest way once
 
     train, test, classes = read_data(args)
+    if checkpoint and checkpoint.get("images", len(train)) != len(train):
+        raise ValueError(
+            f"{out} was started with {checkpoint['images']} training images, the data has "
+            f"{len(train)}. Resume with the data it was started with, or choose another --out"
+        )
     model = make_model(args, classes, checkpoint, device)
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
     gib, gb = machine.check_memory(model, micro, args), machine.check_space(model, args)
@@ -639,7 +648,7 @@ def main(argv: list[str] | None = None) -> dict:
                 buffer.copy_(before)  # BatchNorm's running statistics saw that batch
             skipped += 1
         if lead and (saving or stopping):
-            done = {"step": step + 1, "ema": ema, "skipped": skipped}
+            done = {"step": step + 1, "ema": ema, "skipped": skipped, "images": len(train)}
             save(out / "last.pt", done | checkpoint_of(model, optimizer, args))
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
         if args.eval_every and (step + 1) % args.eval_every == 0 and not last:

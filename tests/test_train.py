@@ -10,6 +10,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,11 +450,33 @@ def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
 def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shapes_root, tmp_path):
     with pytest.raises(ValueError, match="--batch-size 8.*started with 4"):
         train.main(run_flags(shapes_root, whole_run, "--resume", "--batch-size", 8))
+    sets = {"train": ["train00000", "train00001"], "test": ["test00000"]}
+    fewer = small_tree(tmp_path / "fewer", shapes_root, sets)
+    with pytest.raises(ValueError, match="started with 12 training images, the data has 2"):
+        train.main(run_flags(shapes_root, whole_run, "--resume", "--voc-root", fewer))
     (shapes_root / "names.txt").write_text("x\n")
     names = tmp_path / "other.txt"
     names.write_text("\n".join([*data.SHAPE_CLASSES[1:], data.SHAPE_CLASSES[0]]))
     with pytest.raises(ValueError, match="classes|detects"):
         train.main(run_flags(shapes_root, whole_run, "--resume", "--classes", names))
+
+
+def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root, tmp_path):
+    """The same flags otherwise, a recipe's own numbers written out; and it may skip steps now."""
+    moved, names, out = tmp_path / "moved", tmp_path / "names.txt", tmp_path / "out"
+    moved.symlink_to(shapes_root, target_is_directory=True)
+    names.write_text("\n".join(data.SHAPE_CLASSES))
+    out.mkdir()
+    shutil.copy(whole_run / "last.pt", out)
+    more = ["--voc-root", moved, "--classes", names, "--skip-nonfinite", "--std", 1, 1, 1]
+    more += ["--drops", 0.45, 0.75, 0.95]
+    args, checkpoint = train.resolve(run_flags(shapes_root, out, "--resume", *more))
+    assert (args.voc_root, args.classes, args.skip_nonfinite) == (str(moved), str(names), True)
+    assert checkpoint["step"] == 5
+    args, _ = train.resolve(["--out", str(out), "--resume"])
+    assert args.voc_root == str(shapes_root)
+    with pytest.raises(ValueError, match="--coco-root x.*started with None"):
+        train.resolve(["--out", str(out), "--resume", "--coco-root", "x"])
 
 
 def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys):
