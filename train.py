@@ -298,8 +298,13 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The arguments, and the checkpoint to go on from, if --resume is given and there is one."""
     args = parse_args(argv)
     last = Path(args.out) / "last.pt"
-    if not args.resume or not last.exists():
+    if not last.exists() or args.bench and not args.resume:
         return args, None
+    if not args.resume:
+        raise ValueError(
+            f"{args.out} holds a run ({last}), which this one would overwrite. Expected an empty "
+            "folder: choose another --out or remove that run; --resume goes on with it"
+        )
     checkpoint = load(last)[1]
     saved = {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
     args = parse_args(argv, **saved)

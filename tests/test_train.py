@@ -461,6 +461,13 @@ def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shape
         train.main(run_flags(shapes_root, whole_run, "--resume", "--classes", names))
 
 
+def test_a_run_is_not_started_over_another_one(whole_run, shapes_root):
+    before = {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
+    with pytest.raises(ValueError, match=r"last.pt.*--out.*--resume"):
+        train.main(run_flags(shapes_root, whole_run, "--lr", 0.01))
+    assert {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()} == before
+
+
 def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root, tmp_path):
     """The same flags otherwise, a recipe's own numbers written out; and it may skip steps now."""
     moved, names, out = tmp_path / "moved", tmp_path / "names.txt", tmp_path / "out"
