@@ -430,7 +430,7 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> 
         pin_memory=pin,
         worker_init_fn=start_worker,
         prefetch_factor=PREFETCH if workers else None,
-        generator=torch.Generator(),  # else it draws from the global one, which resuming restores
+        generator=torch.Generator(),  # else it draws from the global one
     )
     # torch reports a dead worker from a signal handler, that is in the middle of anything, such as
     # writing a checkpoint. Without it the wait for the next batch finds out, within 5 s.

@@ -11,8 +11,8 @@ One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. Everythi
 its folder (--out): last.pt (checkpoint), log.jsonl (a line a step), run.json (arguments, commit,
 machine), detections drawn beside the ground truth, and at the end report.html, which shows it all.
 
-`--resume` goes on from OUT/last.pt, bit for bit on a CPU: the samples of step s depend on (seed, s)
-alone, and the checkpoint holds the rest.
+`--resume` goes on from OUT/last.pt, bit for bit on a CPU: samples and random numbers of step s
+depend on (seed, s) alone, and the checkpoint holds the rest.
 """
 
 import argparse
@@ -630,6 +630,7 @@ def main(argv: list[str] | None = None) -> dict:
     every = 1 if device.type == "cpu" or args.skip_nonfinite else 20
     batches, pending, shown, begin = stream(first, micro), [], 0.0, time.perf_counter()
     for step in range(first, args.iterations):
+        torch.manual_seed(hash((args.seed, step, rank)))  # for dropout and such, if there is any
         statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
         log, images = forward_backward(network, model, batches, args, stop=stop)
         pending.append((step, [train[i].name for i in images], log))

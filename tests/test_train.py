@@ -436,6 +436,38 @@ def test_frozen_weights_stay_and_the_others_learn(shapes_root):
     assert not torch.equal(free, before[1])
 
 
+class Dropping(nn.Module):
+    """A backbone that draws random numbers."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.channels = body, body.channels
+
+    def forward(self, x):
+        return [nn.functional.dropout(m, 0.3, self.training) for m in self.body(x)]
+
+
+def test_a_network_with_dropout_resumes_bit_for_bit(shapes_root, tmp_path, monkeypatch):
+    make_body = scratchdet.make_body
+    monkeypatch.setattr(scratchdet, "make_body", lambda config: Dropping(make_body(config)))
+    more = ["--iterations", 3, "--width", 0.125, "--resume"]
+    whole, resumed = (run_flags(shapes_root, tmp_path / name, *more) for name in ("a", "b"))
+    train.main(whole)
+
+    def crash(optimizer, model, ema, step, args):
+        if step == 2:
+            raise KeyboardInterrupt
+        update(optimizer, model, ema, step, args)
+
+    update = train.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(resumed)
+    train.main(resumed)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
     train.main(run_flags(shapes_root, tmp_path, "--eval-every", 2))
     assert_same_run(whole_run, tmp_path)
