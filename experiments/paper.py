@@ -33,6 +33,7 @@ from experiments import figures
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("laptop", "gpu", "full")
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was told to
 
 
 class Row(NamedTuple):
@@ -557,7 +558,7 @@ def finish(row, scale, seed, begin, usage, code, args):
         state += f" at step {found['step']}"
     minutes = cost["cpu_seconds"] / 60
     print(f"{time.strftime('%H:%M:%S')} {row.key} seed {seed}: {state}, {minutes:.1f} CPU minutes")
-    if code == 0 or code >= 128 or code < 0 or found["state"] == "diverged":
+    if code == 0 or code in STOPPED or found["state"] == "diverged":
         return 0
     tail = "\n    ".join((folder / "out.txt").read_text().splitlines()[-5:])
     print(f"  failed with code {code}; the end of {folder}/out.txt:\n    {tail}", flush=True)

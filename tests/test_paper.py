@@ -275,7 +275,7 @@ def test_the_listing_names_every_row(tmp_path):
 # ------------------------------------------------------------------------------ the runner
 
 FAKE = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 stop = []
@@ -294,6 +294,8 @@ if "bn-head-0.05" in str(out):
 for step in range(first, steps):
     with open(log, "a") as file:
         print(json.dumps({"step": step, "loss": 1.0, "images_per_s": 1.0}), file=file)
+    if "bn-head-0.001" in str(out):
+        os.kill(os.getpid(), signal.SIGKILL)  # as a system without memory does
     if "bn-none-0.05" in str(out):
         (out / "nonfinite.json").write_text('{"step": 3, "loss": NaN}')
         sys.exit("error: not finite")
@@ -352,6 +354,8 @@ def test_images_are_divided_by_your_own_batch_size(args, fake):
 def test_a_run_that_fails_is_reported_and_the_others_go_on(args, fake, capsys):
     assert fake("bn-head-0.05", "bn-all-0.05", images=48) == (1, True)
     assert "error: broken on purpose" in capsys.readouterr().out
+    assert fake("bn-head-0.001", "bn-all-0.05", images=48) == (1, True)
+    assert "failed with code -9" in capsys.readouterr().out
     assert (args.runs / "laptop" / "bn-all-0.05" / "seed0" / "results.json").exists()
 
 
