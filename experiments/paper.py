@@ -269,12 +269,12 @@ ARGUMENTS = "iterations batch_size data train_sets eval_sets seed".split()
 
 def outcome(folder):
     """One run, from its folder: a dict with "state" done | diverged | stopped, or None."""
-    log = figures.read_log(folder)
+    log, lost = figures.read_log(folder), folder / "nonfinite.json"
+    lost = json.loads(lost.read_text())["step"] if lost.exists() else None
     if (folder / "results.json").exists():
         found = {"state": "done"} | json.loads((folder / "results.json").read_text())
-    elif (folder / "nonfinite.json").exists():
-        step = json.loads((folder / "nonfinite.json").read_text())["step"]
-        found = {"state": "diverged", "step": step}
+    elif lost is not None and not (log and log[-1]["step"] >= lost):  # else it was skipped
+        found = {"state": "diverged", "step": lost}
     elif log:
         found = {"state": "stopped", "step": log[-1]["step"] + 1}
     else:

@@ -149,6 +149,7 @@ def test_outcomes_are_read_from_the_folders_of_runs(tmp_path):
     (place / "seed0" / "cost.jsonl").write_text('{"seconds": 3600, "cpu_seconds": 60}\n' * 2)
     finish(place / "seed1", 0.0)
     (place / "seed1" / "results.json").unlink()
+    (place / "seed1" / "nonfinite.json").write_text('{"step": 0, "loss": NaN}')  # skipped
     finish(place / "seed2", 0.0)
     (place / "seed2" / "results.json").unlink()
     (place / "seed2" / "nonfinite.json").write_text('{"step": 62, "loss": NaN}')
