@@ -415,7 +415,7 @@ def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part
             mark("backward")
         log[:3] += torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach()
     log[:3] /= args.accumulate
-    if args.log_gradients:
+    if args.log_gradients or args.skip_nonfinite:  # a finite loss may have other gradients
         gradients = [p.grad for p in model.parameters() if p.grad is not None]  # else frozen
         log[3] = nn.utils.get_total_norm(gradients)
     log[4] = float(bool(stop))

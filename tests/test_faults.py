@@ -182,6 +182,24 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(
     assert all(name.startswith("train") for name in listed["images"])
 
 
+def test_gradients_that_are_not_finite_are_skipped_where_they_are_not_logged(
+    shapes_root, tmp_path, monkeypatch
+):
+    real, calls = train.multibox_loss, []
+
+    def steep(loc, *rest):
+        calls.append(1)
+        loss_loc, loss_conf, positives = real(loc, *rest)
+        cliff = (0 * loc).sum().sqrt() if len(calls) == 6 else 0.0  # 0, whose gradient is NaN
+        return loss_loc + cliff, loss_conf, positives
+
+    monkeypatch.setattr(train, "multibox_loss", steep)
+    more = ["--skip-nonfinite", "--no-log-gradients", "--iterations", 4]
+    train.main(run_flags(shapes_root, tmp_path, *more))
+    assert all(np.isfinite(line["loss"]) for line in log_of(tmp_path))
+    assert torch.load(tmp_path / "last.pt")["skipped"] == 1
+
+
 def test_a_data_worker_that_the_system_kills_is_one_line(shapes_root, tmp_path, monkeypatch):
     update = train.update
 
