@@ -17,6 +17,7 @@ depend on (seed, s) alone, and the checkpoint holds the rest.
 
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -687,7 +688,9 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        full = getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)  # names no file
+        more = ": --out or --cache. Free some space, then go on with --resume" if full else ""
+        print(f"error: {e}{more}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as e:
         print(f"error: {str(e).splitlines()[0]} Try --accumulate 2", file=sys.stderr)

@@ -5,6 +5,7 @@ fifth of the work of the root block.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -669,6 +670,19 @@ def test_a_missing_image_and_no_objects_are_named(shapes_root, tmp_path, monkeyp
         text = xml.read_text()
         xml.write_text(text[: text.index("<object>")] + "</annotation>")
     assert "object" in complaint(capsys, monkeypatch, *flags)
+
+
+def test_a_disk_that_fills_up_is_said_with_the_remedy(shapes_root, tmp_path, monkeypatch, capsys):
+    """At a line of the log or a picture; a checkpoint has a message of its own."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluation, "draw_sheet", full)
+    flags = run_flags(shapes_root, tmp_path, "--iterations", 1)
+    said = complaint(capsys, monkeypatch, *flags)
+    assert "No space left on device: --out" in said
+    assert "--resume" in said
 
 
 def test_a_plan_that_does_not_fit_the_memory_names_what_would(shapes_root, tmp_path, monkeypatch):
