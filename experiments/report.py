@@ -40,6 +40,7 @@ class Run(NamedTuple):
     name: str
     about: dict  # run.json
     log: list[dict]  # one row a step
+    measured: list[dict]  # mAP on the way (--eval-every) and at the end
     results: dict | None  # results.json, once the run has ended
     sheet: Path | None  # the last picture of detections
 
@@ -61,9 +62,11 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}: a file of the run is damaged ({e})") from None
     if not log:
         raise ValueError(f"{folder}/log.jsonl: no step yet; wait for the first one")
+    measured = figures.read_log(folder, "mAP")
+    measured += [results | {"step": log[-1]["step"]}] if results else []
     sheets = sorted((folder / "detections").glob("*.png"))
     name = folder.resolve().name
-    return Run(name, about, log, results, sheets[-1] if sheets else None)
+    return Run(name, about, log, measured, results, sheets[-1] if sheets else None)
 
 
 # ------------------------------------------------------------------------------ curves
@@ -94,6 +97,8 @@ def series(run: Run) -> dict[str, list[tuple[float, float]]]:
         "positive priors an image": smooth(column("positives")),
         "images/s, since the start": list(zip(steps, column("images_per_s"), strict=True)),
     }
+    if len(run.measured) > bool(run.results):  # --eval-every
+        curves["mAP"] = [(row["step"] + 1, row["mAP"] or 0.0) for row in run.measured]
     if not any(norms):  # --no-log-gradients
         curves = {title: points for title, points in curves.items() if "gradient" not in title}
     return curves
@@ -432,9 +437,7 @@ def write_budget(path: Path, folders: list[str]) -> None:
     minutes, images = panels.values()
     for folder in map(Path, folders):
         run = read_run(folder)
-        args, measured = run.about["args"], figures.read_log(folder, "mAP")
-        if run.results and "cpu_minutes" in run.results:
-            measured = [*measured, run.results | {"step": run.log[-1]["step"]}]
+        args, measured = run.about["args"], [r for r in run.measured if "cpu_minutes" in r]
         if not measured:
             raise ValueError(f"{folder}: nothing was measured there. A run that has ended, or one "
                              "with --eval-every, would do")  # fmt: skip

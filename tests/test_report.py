@@ -123,6 +123,16 @@ def test_diverged_run_is_drawn_and_leaves_the_scale_to_the_other(tmp_path):
     assert report.top_of(curves) == 8.0
 
 
+def test_map_on_the_way_is_a_curve(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "mAP" not in report.series(report.read_run(folder))  # of the end alone: no curve
+    with open(folder / "log.jsonl", "a") as log:  # --eval-every 30
+        log.write(json.dumps({"step": 29, "mAP": 0.2, "cpu_minutes": 3.1}) + "\n")
+    run = report.read_run(folder)
+    assert report.series(run)["mAP"] == [(30, 0.2), (60, 0.4321)]
+    assert "<figcaption>mAP</figcaption>" in report.page([run])
+
+
 def test_fluctuation_is_the_change_of_the_norm(tmp_path):
     """Norms 0 .. 6, 0 .. 6: five of six changes are 1, the drop is 6."""
     run = report.read_run(make_run(tmp_path / "run"))
