@@ -64,7 +64,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}/log.jsonl: no step yet; wait for the first one")
     measured = figures.read_log(folder, "mAP")
     measured += [results | {"step": log[-1]["step"]}] if results else []
-    sheets = sorted((folder / "detections").glob("*.png"))
+    sheets = sorted((folder / "detections").glob("[0-9]" * 7 + ".png"))  # of steps, no others
     name = folder.resolve().name
     return Run(name, about, log, measured, results, sheets[-1] if sheets else None)
 

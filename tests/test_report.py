@@ -141,6 +141,12 @@ def test_fluctuation_is_the_change_of_the_norm(tmp_path):
     assert values[:7] == (1, 1, 1, 1, 1, 1, 6)
 
 
+def test_a_picture_of_ones_own_is_not_taken_for_the_last_sheet(tmp_path):
+    folder = make_run(tmp_path / "run")
+    Image.new("RGB", (64, 36)).save(folder / "detections" / "dog.png")
+    assert "step 60: ground truth" in report.page([report.read_run(folder)])
+
+
 def test_a_run_of_one_step_has_a_page(tmp_path):
     run = make_run(tmp_path / "short", steps=1)
     report.write([run], tmp_path / "r.html")
