@@ -502,9 +502,10 @@ class ScratchDet(nn.Module):
         self.features = make_body(config)
         channels = self.features.channels
         if len(channels) != len(PRIORS[config.priors]):
+            fitting = [name for name, maps in PRIORS.items() if len(maps) == len(channels)]
             raise ValueError(
                 f"priors {config.priors!r} are for {len(PRIORS[config.priors])} maps, "
-                f"{config.backbone} has {len(channels)}"
+                f"{config.backbone} has {len(channels)}: expected {' or '.join(fitting)}"
             )
         self.head = Head(channels, priors_per_cell(config), config)
         for conv in convs_of(self):  # Caffe's xavier: variance 1 / fan_in
@@ -564,6 +565,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchD
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
     except Exception as e:  # whatever torch raises on bytes from anywhere
         why = " ".join(str(e).split()) or type(e).__name__
+        if "loading state_dict" in why:  # the file is whole
+            raise ValueError(
+                f"{path}: of another network than this code's ({why[:250]}). Commit "
+                f"{checkpoint.get('commit')} wrote it: take its code, or train again"
+            ) from None
         raise ValueError(
             f"{path}: not a checkpoint of train.py, or damaged ({why[:150]}). Expected a file such "
             "as runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"

@@ -18,6 +18,7 @@ depend on (seed, s) alone, and the checkpoint holds the rest.
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -299,13 +300,8 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The arguments, and the checkpoint to go on from, if --resume is given and there is one."""
     args = parse_args(argv)
     last = Path(args.out) / "last.pt"
-    if not last.exists() or args.bench and not args.resume:
+    if not args.resume or not last.exists():
         return args, None
-    if not args.resume:
-        raise ValueError(
-            f"{args.out} holds a run ({last}), which this one would overwrite. Expected an empty "
-            "folder: choose another --out or remove that run; --resume goes on with it"
-        )
     checkpoint = load(last)[1]
     saved = {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
     args = parse_args(argv, **saved)
@@ -318,6 +314,18 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
                 "run goes on as it began: leave the flag out, or choose another --out"
             )
     return args, checkpoint
+
+
+def set_aside(out: Path) -> str:
+    """Makes the folder of a new run. A run that is there moves to OUT-1, OUT-2, ...: says so."""
+    text = ""
+    if (out / "last.pt").exists():
+        whole = out.absolute()
+        names = (whole.with_name(f"{whole.name}-{n}") for n in itertools.count(1))
+        aside = whole.rename(next(path for path in names if not path.exists()))
+        text = f"{out} held another run, now in {aside.name} (--resume goes on with a run)\n"
+    (out / "detections").mkdir(parents=True, exist_ok=True)
+    return text
 
 
 def micro_batch(args: argparse.Namespace, world: int) -> int:
@@ -518,9 +526,9 @@ def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) ->
     )
     if not args.skip_nonfinite:
         raise ValueError(
-            f"not finite at {what}. The images of this step are listed in {kept}; last.pt is the "
-            "checkpoint before it. Try a smaller --lr (without BN in the backbone 0.001), a "
-            "--warmup, or --skip-nonfinite"
+            f"not finite at {what}. The images of this step are listed in {kept}; last.pt, if "
+            "there is one yet, is the checkpoint before it. Try a smaller --lr (without BN in the "
+            "backbone 0.001), a --warmup, or --skip-nonfinite"
         )
     print(f"\nskipped, not finite: {what}")
 
@@ -607,9 +615,8 @@ def main(argv: list[str] | None = None) -> dict:
         return step_bench.report(lambda mark: trial(batches, mark), model, images, args.bf16, say)
 
     # The plan, said before the first step.
-    if lead:
-        (out / "detections").mkdir(parents=True, exist_ok=True)  # fails now, if it does
-    say(ops.describe())
+    if lead:  # fails now, if it does
+        say((set_aside(out) if not checkpoint else "") + ops.describe())
     say(summary(model))
     say(f"{about_data(train, test)}, {len(classes)} classes")
     step_seconds = None
@@ -695,3 +702,5 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as e:
         print(f"error: {str(e).splitlines()[0]} Try --accumulate 2", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the first step, or after the last
+        sys.exit(130)

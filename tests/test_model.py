@@ -747,6 +747,17 @@ def test_load_of_anything_else_is_one_clear_error(tmp_path):
         assert str(tmp_path / name) in message, name
         assert "\n" not in message, name
         assert len(message) < 600, name
+        another = name in (
+            "weights of other classes",
+            "weights of another width",
+            "a weight missing",
+        )
+        assert ("of another network" in message) == another, name
+
+
+def test_priors_of_another_number_of_maps_are_refused_with_those_that_fit():
+    with pytest.raises(ValueError, match="has 7: expected coco512"):
+        on_meta(backbone="scratchdet512")
 
 
 def test_the_table_of_the_network(capsys):

@@ -494,11 +494,15 @@ def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shape
         train.main(run_flags(shapes_root, whole_run, "--resume", "--classes", names))
 
 
-def test_a_run_is_not_started_over_another_one(whole_run, shapes_root):
-    before = {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
-    with pytest.raises(ValueError, match=r"last.pt.*--out.*--resume"):
-        train.main(run_flags(shapes_root, whole_run, "--lr", 0.01))
-    assert {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()} == before
+def test_a_run_that_is_there_moves_aside(whole_run, shapes_root, tmp_path, capsys):
+    shutil.copytree(whole_run, tmp_path / "run")
+    for place in ("run-1", "run-2"):
+        train.main(run_flags(shapes_root, tmp_path / "run", "--iterations", 1))
+        assert f"held another run, now in {place}" in capsys.readouterr().out
+        assert len(steps_of(tmp_path / "run")) == 1
+    for file in ("last.pt", "previous.pt", "log.jsonl", "results.json"):
+        assert (tmp_path / "run-1" / file).read_bytes() == (whole_run / file).read_bytes()
+    assert len(steps_of(tmp_path / "run-2")) == 1
 
 
 def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root, tmp_path):
