@@ -523,6 +523,36 @@ def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root,
         train.resolve(["--out", str(out), "--resume", "--coco-root", "x"])
 
 
+@pytest.mark.cuda
+def test_the_programs_on_a_gpu(shapes_root, tmp_path, monkeypatch, capsys):
+    """Train, resume, time and measure there; the first loss is the CPU's, to what TF32 rounds."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    flags, run = voc_flags(shapes_root, "--batch-size", 4, "--workers", 2), str(tmp_path / "run")
+    for device in ("cpu", "cuda"):
+        one_step = ["--device", device, "--no-bf16", "--iterations", "1"]
+        train.main([*flags, *one_step, "--out", str(tmp_path / device)])
+    here, there = (steps_of(tmp_path / device)[0] for device in ("cpu", "cuda"))
+    assert there["positives"] == pytest.approx(here["positives"])
+    assert there["loss"] == pytest.approx(here["loss"], rel=0.01)
+    assert there["grad_norm"] == pytest.approx(here["grad_norm"], rel=0.05)
+
+    flags += ["--device", "cuda", "--out", run]
+    long = [*flags, "--iterations", "45", "--save-every", "25", "--eval-every", "30"]
+    train.main(long)
+    os.replace(f"{run}/previous.pt", f"{run}/last.pt")  # of step 25
+    train.main([*long, "--resume"])
+    log = steps_of(tmp_path / "run")
+    assert [line["step"] for line in log] == list(range(45))
+    assert log[-1]["loss"] < log[0]["loss"]
+    train.main([*flags, "--bench"])
+    assert re.search(r"peak memory \d", capsys.readouterr().out)
+    monkeypatch.setattr(evaluation, "SECONDS", 0.1)
+    for more in ([], ["--fps"]):
+        evaluation.main([f"{run}/last.pt", "--device", "cuda", *more])
+    assert re.search(r"mAP 0\.[\s\S]*batch 8: network \d", capsys.readouterr().out)
+
+
 def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys):
     """The one full-width step of this tier. Prints the CPU time it took."""
     torch.manual_seed(0)
