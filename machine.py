@@ -171,8 +171,8 @@ def check_shared_memory(micro: int, args: Namespace) -> None:
     if not args.workers or not shm.exists():
         return
     each = PREFETCH * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
-    needed, free = args.workers * each, shutil.disk_usage(shm).free
-    if needed > free:
+    needed, (total, _, free) = args.workers * each, shutil.disk_usage(shm)
+    if total and needed > free:  # a total of 0 is a tmpfs without a limit
         raise ValueError(
             f"--workers {args.workers}: their batches need up to {needed / 1e9:.3f} GB of "
             f"/dev/shm, {free / 1e9:.3f} GB are free. Use --workers {int(free // each)}, or give "

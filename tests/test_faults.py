@@ -242,6 +242,9 @@ def test_too_little_shared_memory_is_said_before_the_first_step(shapes_root, tmp
     with pytest.raises(ValueError, match="need up to 0.004 GB of /dev/shm.*--workers 1, or"):
         train.main([*flags, "--workers", "2"])
     assert not (tmp_path / "run").exists()
+    usage = usage._replace(total=0, free=0)  # what a tmpfs of size=0 says: it has no limit
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    train.machine.check_shared_memory(128, train.parse_args(["--workers", "2"]))
 
 
 def test_bench_times_the_parts_of_a_step(shapes_root, tmp_path, capsys):
