@@ -67,7 +67,9 @@ def timed(function, device: torch.device) -> tuple[float, float]:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the median of nine."""
+    """FLOP/s of a large square matrix product, in TF32 where float32 convolutions are, too: the
+    median of nine."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = [timed(lambda: a @ b, device)[1] for _ in range(12)][3:]
