@@ -33,6 +33,11 @@ HOST_DEVICE float iou(Box a, float area_a, Box b, float area_b) {
   const float h = (a.y2 < b.y2 ? a.y2 : b.y2) - (a.y1 > b.y1 ? a.y1 : b.y1);
   const float inter = (w > 0.0f ? w : 0.0f) * (h > 0.0f ? h : 0.0f);
   const float total = area_a + area_b - inter;
+#if defined(__CUDA_ARCH__) || defined(SCRATCHDET_EMULATE)
+  // Most pairs do not touch: a warp of such pairs skips the division, which is a third of a GPU's
+  // instructions here. (It costs the CPU's vector loops a tenth.)
+  if (!(inter > 0.0f)) return 0.0f;
+#endif
   return total > 0.0f ? inter / total : 0.0f;
 }
 
