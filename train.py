@@ -58,7 +58,8 @@ RECIPES = {
     "coco": PAPER | dict(iterations=320_000, drops=(150 / 320, 250 / 320, 310 / 320)),
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
-    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64),  # --minutes, on a GPU
+    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64,  # --minutes, on a GPU:
+                           save_every=2_000),  # it does 500 such steps in some 20 s
     "shapes": SHORT | dict(iterations=1_150, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1)),  # the quick start
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
@@ -69,6 +70,7 @@ RECIPES = {
 # did not help: drops for the line to zero, averaged weights, half the batch, less warm-up, other
 # widths (docs/results.md has the numbers).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
+ON_CPU |= dict(save_every=500)
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 # A resumed run takes these from its checkpoint, too, but may be given others: its data may have
 # moved, and where it stopped at a step that was not finite, it may leave that out.
