@@ -22,7 +22,8 @@ import re
 import stat
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
@@ -136,6 +137,13 @@ def number(text: object) -> float:
     except (ValueError, TypeError, OverflowError):
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def whole(value: object) -> int:
+    """An id: of 7, 7.0 and "7", but not of 7.5."""
+    if isinstance(value, float) and value % 1:  # inf % 1 is NaN
+        raise ValueError(f"{value} is no whole number")
+    return int(value)
 
 
 def check_box(box: list[float], size: tuple, name: str, where: str, found: Findings) -> bool:
@@ -421,48 +429,70 @@ def read_instances(listing: Path, folder: Path, found: Findings) -> tuple[list[R
     infos = listing.name.startswith("image_info")  # a test set's: without annotations
     try:
         data = json.loads(read_bytes(listing), parse_constant=refuse_constant)
-        categories = sorted((int(c["id"]), str(c["name"])) for c in data["categories"])
-        images = [
-            (int(i["id"]), str(i["file_name"]), i["width"], i["height"]) for i in data["images"]
-        ]
-        annotations = [
-            (int(a["id"]), int(a["image_id"]), int(a["category_id"]),
-             [number(v) for v in a["bbox"]], a.get("iscrowd", 0), number(a.get("area")))
-            for a in (data.get("annotations", ()) if infos else data["annotations"])
-        ]  # fmt: skip
+        if infos:
+            data.setdefault("annotations", [])
+        for kind in ("categories", "images", "annotations"):
+            if not isinstance(data[kind], list):
+                raise TypeError(f"{kind} must be a list")
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise BadData(listing, f"not an instances file of COCO ({what})") from None
+
+    def rows(kind: str, take: Callable[[dict], tuple]) -> Iterator[tuple]:
+        """What `take` finds in each entry; one that lacks it is refused by its place."""
+        for n, entry in enumerate(data[kind]):
+            try:
+                yield take(entry)
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"{type(error).__name__}: {error}"
+                found.refuse(f"{listing} {kind}[{n}]", f"not an entry as COCO's ({what})")
+
+    categories = sorted(rows("categories", lambda c: (whole(c["id"]), str(c["name"]))))
+    images = list(
+        rows("images", lambda i: (whole(i["id"]), str(i["file_name"]), i["width"], i["height"]))
+    )
+    annotations = list(
+        rows("annotations", lambda a: (
+            whole(a["id"]), whole(a["image_id"]), whole(a["category_id"]), a["bbox"],
+            a.get("iscrowd", 0), a.get("area"),
+        ))
+    )  # fmt: skip
     labels = {category: label for label, (category, _) in enumerate(categories, start=1)}
-    for what, ids in (
-        ("category", [c for c, _ in categories]),
-        ("image", [i[0] for i in images]),
-        ("annotation", [a[0] for a in annotations]),
+    for what, keys in (
+        ("category id", [c for c, _ in categories]),
+        ("category", [name for _, name in categories]),
+        ("image id", [i[0] for i in images]),
+        ("file name", [i[1] for i in images]),
+        ("annotation id", [a[0] for a in annotations]),
     ):
-        if len(set(ids)) < len(ids):
-            twice = next(i for n, i in enumerate(sorted(ids)[1:]) if i == sorted(ids)[n])
-            found.refuse(listing, f"{what} id {twice} is there twice")
+        for key, count in Counter(keys).items():
+            if count > 1:
+                found.refuse(listing, f"{what} {key} is there {count} times")
     files = set(os.listdir(folder))
     sizes, objects = {}, {}
     for image_id, file_name, width, height in images:
         where = f"{listing} image {image_id}"
         if not stays_inside(file_name):
             found.refuse(where, f"file name {file_name[:60]!r} leaves its folder")
-        elif file_name not in files and not (folder / file_name).is_file():
+        elif file_name not in files and not os.path.isfile(folder / file_name):
             found.refuse(where, f"no image {folder / file_name}")
-        elif not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
-            found.refuse(where, f"size {width!r} x {height!r}: expected whole numbers of pixels")
+        elif not all(isinstance(n, int) and 0 < n <= MAX_PIXELS for n in (width, height)):
+            what = f"size {width!r:.60} x {height!r:.60}: expected whole numbers of pixels"
+            found.refuse(where, what)
         else:
             sizes[image_id], objects[image_id] = (width, height), []
     known = {image[0] for image in images}
-    for a, image_id, category, xywh, crowd, area in annotations:
-        where = f"{listing} annotation {a}"
+    for a, image_id, category, bbox, crowd, given in annotations:
+        where, area = f"{listing} annotation {a}", number(given)
+        xywh = [number(v) for v in bbox] if isinstance(bbox, list) else []
         if image_id not in known:
             found.refuse(where, f"no image {image_id} in the file")
         elif category not in labels:
             found.refuse(where, f"no category {category} in the file")
         elif len(xywh) != 4 or crowd not in (0, 1) or math.isnan(area):
-            found.refuse(where, "expected a bbox of four numbers, an area, and iscrowd 0 or 1")
+            got = f"{bbox!r:.60}, {given!r:.60}, {crowd!r:.60}"
+            what = f"expected a bbox of four numbers, an area, and iscrowd 0 or 1; got {got}"
+            found.refuse(where, what)
         elif image_id in sizes:
             x, y, w, h = xywh
             if w == 0 or h == 0:

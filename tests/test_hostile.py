@@ -548,7 +548,7 @@ def change(path, value):
     [
         (change(["annotations", 0, "image_id"], 8), "annotation 1: no image 8 in the file"),
         (change(["annotations", 0, "category_id"], 2), "annotation 1: no category 2"),
-        (change(["annotations", 1, "id"], 1), "annotation id 1 is there twice"),
+        (change(["annotations", 1, "id"], 1), "annotation id 1 is there 2 times"),
         (change(["annotations", 0, "bbox"], [1, 2, 3]), "annotation 1: expected a bbox of four"),
         (change(["annotations", 0, "bbox"], ["x", 2, 3, 4]), "annotation 1: .*four numbers"),
         (change(["annotations", 0, "bbox"], [9, 9, -4, 4]), "annotation 1: .*inverted"),
@@ -560,10 +560,20 @@ def change(path, value):
         (change(["images", 0, "file_name"], "/etc/passwd"), "image 7: .*leaves its folder"),
         (change(["images", 0, "file_name"], "8.jpg"), "image 7: no image .*8.jpg"),
         (change(["images", 0, "width"], "60"), "image 7: size '60' x 40"),
-        (change(["images", 0, "id"], "seven"), "not an instances file"),
-        (change(["images", 0, "id"], [7]), "not an instances file"),
-        (change(["annotations", 0, "category_id"], [7]), "not an instances file"),
-        (change(["categories", 0, "id"], 18), "category id 18 is there twice"),
+        (change(["images", 0, "width"], 10**400), "image 7: size 1000.*whole numbers of pixels"),
+        (change(["images", 0, "file_name"], "x" * 300), "image 7: no image"),
+        (change(["images", 0, "id"], "seven"), r"images\[0\]: not an entry.*'seven'"),
+        (change(["images", 0, "id"], [7]), r"images\[0\]: not an entry"),
+        (change(["images", 0], 7), r"images\[0\]: not an entry"),
+        (change(["annotations", 0, "category_id"], [7]), r"annotations\[0\]: not an entry"),
+        (
+            change(["annotations", 1, "image_id"], 7.5),
+            r"annotations\[1\]: .*7.5 is no whole number",
+        ),
+        (change(["annotations", 1], {"id": 2}), r"annotations\[1\]: .*KeyError: 'image_id'"),
+        (change(["annotations", 0, "bbox"], "1234"), "bbox of four numbers.*; got '1234', 50.0, 0"),
+        (change(["categories", 0, "name"], "dog"), "category dog is there 2 times"),
+        (change(["categories", 0, "id"], 18), "category id 18 is there 2 times"),
         (change(["annotations"], []), "no objects at all"),
         (change(["annotations"], None), "not an instances file"),
         (change(["images"], "none"), "not an instances file"),
@@ -582,6 +592,7 @@ def test_bad_coco(coco, spoil, message):
     [
         '{"images": [], "categories": [], "annotations": [NaN]}',
         '{"images": [{"id": Infinity}], "categories": [], "annotations": []}',
+        '{"images": {}, "categories": [], "annotations": []}',
         "[" * 200_000,
         '{"images": [',
         "",
@@ -597,6 +608,29 @@ def test_bad_json(coco, text):
         pytest.raises(BadData, match=r"instances_train2017.json: not an instances"),
     ):
         read_coco(root, ["train2017"])
+
+
+def test_coco_names_every_entry_that_is_wrong(coco, capsys):
+    root, content = coco
+    content["images"] += [{"id": 8, "file_name": "000007.jpg", "width": 60, "height": 40}, {}]
+    content["annotations"] *= 2
+    content["annotations"] += [{"id": 3, "image_id": 7, "category_id": 18}]
+    write_coco(root, json.dumps(content).replace('"id": 8', '"id": 8e999'))
+    status, out, _ = run_data(capsys, "--check", "--coco-root", root)
+    assert status == 1
+    for pattern in (
+        r"json images\[1\]  not an entry.*inf is no whole number",
+        r"json images\[2\]  not an entry.*KeyError: 'id'",
+        r"json annotations\[4\]  not an entry.*KeyError: 'bbox'",
+        "annotation id 1 is there 2 times",
+        "annotation id 2 is there 2 times",
+    ):
+        assert re.search(rf"refused +\S*{pattern}" if "json" in pattern else pattern, out), out
+    write_coco(root, json.dumps(content))
+    assert (
+        "file name 000007.jpg is there 2 times"
+        in run_data(capsys, "--check", "--coco-root", root)[1]
+    )
 
 
 def test_several_coco_sets(coco):
