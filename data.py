@@ -273,9 +273,13 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
             file.seek(total)
             return file.read() == stamp.digest()
 
+    if is_fresh():  # whoever made it: one may read it where one may not write
+        return path
+    part = path.with_suffix(".part")
     with file_lock(folder / f"{path.stem}.lock"):  # other ranks wait here for the one that builds
         if is_fresh():
             return path
+        part.unlink(missing_ok=True)  # of a process that was killed: its space is free, too
         free = shutil.disk_usage(folder).free
         if free < total + (64 << 20):
             raise ValueError(
@@ -284,16 +288,23 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
             )
         print(f"data: decoding {len(records)} images into {path}, {total / 1e9:.2f} GB, once",
               file=sys.stderr)  # fmt: skip
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(records), 256):  # bounds what waits to be written
-                some = records[start : start + 256]
-                for image in pool.map(lambda r: decode(open_record(r), r).tobytes(), some):
-                    file.write(image)
-            file.write(stamp.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+                for start in range(0, len(records), 256):  # bounds what waits to be written
+                    some = records[start : start + 256]
+                    for image in pool.map(lambda r: decode(open_record(r), r).tobytes(), some):
+                        file.write(image)
+                file.write(stamp.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError as error:  # the disk is full
+            raise ValueError(
+                f"--cache {folder}: cannot be written ({error}); free some space, name another "
+                "folder, or leave --cache out"
+            ) from None
+        finally:
+            part.unlink(missing_ok=True)
         memory_map.cache_clear()
     return path
 

@@ -513,6 +513,39 @@ def test_a_cache_that_does_not_fit_says_so_before_it_starts(tmp_path, records, m
         data.build_cache(records, tmp_path)
 
 
+def test_what_a_killed_build_left_is_space_for_the_next(tmp_path, records, monkeypatch):
+    path = data.build_cache(records, tmp_path)
+    size = path.stat().st_size
+    path.rename(path.with_suffix(".part"))
+
+    def almost_full(folder):
+        left = sum(p.stat().st_size for p in Path(folder).glob("*.part"))
+        return SimpleNamespace(free=size + (65 << 20) - left)
+
+    monkeypatch.setattr(data.shutil, "disk_usage", almost_full)
+    assert data.build_cache(records, tmp_path) == path
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, records, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"--cache .*No space left.*name another folder"):
+        data.build_cache(records, tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_cache_in_a_folder_that_cannot_be_written_is_read(tmp_path, records, monkeypatch):
+    path = data.build_cache(records, tmp_path)
+
+    def refuse(lock):
+        raise PermissionError(13, "Permission denied", str(lock))
+
+    monkeypatch.setattr(data, "file_lock", refuse)  # root may write anywhere
+    assert data.build_cache(records, tmp_path) == path
+
+
 def build(records, folder, queue):
     queue.put(data.build_cache(records, folder))
 
