@@ -7,7 +7,8 @@ is used, and said (`Findings`). What happens to which input:
     refused   broken, deep or huge XML and JSON; entities; NaN; names with `..`; unknown classes;
               ids listed twice; missing files; boxes that are inverted, empty, not numbers or off
               the image; another size than the image's; no objects at all; images that are
-              truncated, empty, no image, 32-bit, or above 89 Mpixel (before any is decoded)
+              truncated, empty, no image, 32-bit, or above 89 Mpixel (before any is decoded);
+              TIFFs with an orientation
     handled   boxes over the border by more than a pixel are clipped for training; a missing size
               is taken from the image; COCO boxes without area are left out
     fine      boxes with fractions, from 0, up to a pixel over the border; images in grey, CMYK,
@@ -561,6 +562,9 @@ def decode(image: Image.Image, record: Record) -> Image.Image:
 def open_record(record: Record) -> Image.Image:
     """The image of a record, not yet decoded; its size must be the annotation's."""
     image = open_image(record.path)
+    if image.format == "TIFF" and exif_orientation(image) in range(2, 9):  # Pillow turns only these
+        what = "a TIFF with an orientation: are the boxes in its stored pixels? Store it upright"
+        raise BadData(record.path, what)
     if image.size != record.size:
         hint = "; it has an EXIF orientation: store it upright" * (exif_orientation(image) != 1)
         sizes = "{}x{}, its annotation says {}x{}".format(*image.size, *record.size)

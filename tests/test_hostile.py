@@ -507,6 +507,22 @@ def test_exif_orientation_is_not_applied_and_a_rotated_size_is_refused(voc):
         load(read_voc(voc, ["trainval"])[0][0])
 
 
+@pytest.mark.parametrize("turn", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pixels_are_the_stored_ones_or_refused(voc, kind, turn):
+    """Pillow turns a TIFF while it decodes, and nothing else."""
+    image, exif = Image.new("RGB", (60, 40), "black"), Image.Exif()
+    image.paste("white", (0, 0, 20, 10))
+    exif[0x0112] = turn
+    image.save(voc / "JPEGImages/a.jpg", format=kind, exif=exif)
+    record = read_voc(voc, ["trainval"])[0][0]
+    if kind == "TIFF" and 2 <= turn <= 8:
+        with pytest.raises(BadData, match="a.jpg: a TIFF with an orientation.*Store it upright"):
+            load(record)
+    else:
+        assert np.asarray(load(record))[:8, :16].min() > 200
+
+
 def test_another_size_than_the_image(voc):
     (voc / "Annotations/a.xml").write_text(xml_of(an_object(), size=(61, 40)))
     record = read_voc(voc, ["trainval"])[0][0]
