@@ -541,7 +541,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB: 16 bits are scaled to 8, alpha is dropped, grey and CMYK are converted."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

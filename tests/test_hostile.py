@@ -477,6 +477,10 @@ def test_every_mode_becomes_rgb(voc):
         for size in (16, 50):
             batch = next(data.batches([record], size, batch_size=1, seed=0))
             assert batch.images.shape == (1, 3, size, size)
+    for white in (1023, 65535):  # Pillow scales to 65535
+        deep = (grey * white).round().astype(">u2").tobytes()
+        record.path.write_bytes(b"P5 60 40 %d\n" % white + deep)
+        assert np.abs(np.asarray(load(record))[..., 0] - np.asarray(eight).astype(int)).max() <= 1
     Image.fromarray(grey.astype(np.float32)).save(record.path, format="TIFF")
     with pytest.raises(BadData, match="32 bits a pixel"):
         load(record)
