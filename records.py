@@ -256,12 +256,17 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
 
 
 def list_sets(root: str | Path) -> list[str]:
-    """The sets of the trees in `root`, as read_voc takes them; lists of one class are left out."""
+    """The sets of the trees in `root`, as read_voc takes them. The devkit's lists of one class are
+    left out, such as dog_train.txt with its "000005 -1"."""
     root, sets = Path(root), []
     for tree in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))):
         year = "" if tree == root else re.sub(r"^VOC(?=\d+$)", "", tree.name) + ":"
         for listing in sorted((tree / "ImageSets" / "Main").glob("*.txt")):
-            if not re.search("_(train|val|trainval|test)$", listing.stem):
+            first = b""
+            if re.search("_(train|val|trainval|test)$", listing.stem) and listing.is_file():
+                with open(listing, "rb") as file:
+                    first = file.readline(4096)
+            if not re.search(rb"\s(-1|0|1)\s*$", first):
                 sets.append(year + listing.stem)
     return sets
 

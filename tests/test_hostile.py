@@ -141,6 +141,12 @@ def test_the_sets_that_are_listed_are_found(voc, name, capsys):
     assert (status, "2 images, 2 objects" in out) == (0, True)
 
 
+def test_only_the_devkits_lists_of_one_class_are_not_sets(voc):
+    for name, lines in (("dog_train", "a -1\nb  1\n"), ("night_train", "a\n"), ("x_test", "")):
+        (voc / f"ImageSets/Main/{name}.txt").write_text(lines)
+    assert data.list_sets(voc) == ["night_train", "trainval", "x_test"]
+
+
 def test_a_link_to_a_tree_of_another_name(voc):
     voc.rename(voc.parent / "copy")
     voc.symlink_to(voc.parent / "copy")
