@@ -100,10 +100,13 @@ class Findings:
 def read_bytes(path: Path) -> bytes:
     """The content of a file that may come from anywhere: a regular one, of bounded size."""
     limit = MAX_BYTES.get(path.suffix, 64 << 20)
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise BadData(path, f"expected a regular file of at most {limit >> 20} MiB")
-    return path.read_bytes()
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise BadData(path, f"expected a regular file of at most {limit >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadData(path, f"cannot be read ({error.strerror})") from None
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:
@@ -285,16 +288,16 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
         listing = tree / "ImageSets" / "Main" / f"{split}.txt"
         if listing.is_file():
             return tree, listing
-    message = f"--voc-root {root}: no {Path(folder, 'ImageSets/Main', split)}.txt below it."
+    message = f"no {Path(folder, 'ImageSets/Main', split)}.txt below it."
     if not root.is_dir():
-        message = f"--voc-root {root}: no such folder."
+        message = "no such folder."
     message += f" Expected the folder that contains {folder or 'ImageSets'}/"
     message += ", or the one above it." if folder else ", Annotations/ and JPEGImages/."
     if there := list_sets(root):
         message += f" Sets there: {' '.join(there)}."
         if year == "2012" and "2007:trainval" in there:
             message += " To train without VOC2012: --train-sets 2007:trainval"
-    raise ValueError(message)
+    raise BadData(f"--voc-root {root}", message)
 
 
 def read_voc(
@@ -320,7 +323,7 @@ def read_voc(
         tree, listing = find_set(root, name)
         folder = tree / "JPEGImages"
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder; expected the images there")
+            raise BadData(folder, "no such folder; expected the images there")
         files = sorted(os.listdir(folder), key=lambda f: (f.lower().endswith(".jpg"), f))
         paths = {Path(f).stem: folder / f for f in files if f.lower().endswith(SUFFIXES)}
         lines = read_lines(listing)
@@ -417,11 +420,12 @@ def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[
         listing = listing.with_name(f"image_info_{split}.json")
         folder = folder.with_name(split.replace("-dev", ""))
     if not listing.is_file() or not folder.is_dir():
-        raise ValueError(
-            f"--coco-root {root}: no annotations/{listing.name} and {folder.name}/ below it. "
+        raise BadData(
+            f"--coco-root {root}",
+            f"no annotations/{listing.name} and {folder.name}/ below it. "
             "Expected the folder that contains both"
             + " (a test set without annotations: only eval.py --results takes it)"
-            * annotated
+            * annotated,
         )
     return listing, folder
 

@@ -749,6 +749,29 @@ def test_check_goes_on_when_a_whole_set_cannot_be_read(voc, capsys):
     assert "2 images, 2 objects" in out
 
 
+def test_check_goes_on_without_what_is_missing(voc, coco, capsys, monkeypatch):
+    """A listed set without its images; a file that may not be read (root may read any)."""
+    root, content = coco
+    write_coco(root, content)
+    write_coco(root, content, "aaa")
+    status, out, _ = run_data(capsys, "--check", "--coco-root", root)
+    assert (status, "1 images, 2 objects: 1 places" in out) == (1, True)
+    assert re.search(r"refused +--coco-root \S+  no annotations/instances_aaa.json and aaa/", out)
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "a.xml":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (voc / "Annotations/b.xml").write_text(xml_of(an_object(box=(9, 9, 3, 12))))
+    status, out, _ = run_data(capsys, "--check", "--voc-root", voc)
+    assert status == 1
+    assert re.search(r"refused +\S+a.xml  cannot be read \(Permission denied\)", out)
+    assert re.search(r"refused +\S+b.xml:4  dog: box .* inverted", out)
+
+
 def test_errors_of_the_command_are_one_line(voc):
     command = [sys.executable, ROOT / "data.py", "--voc-root", voc / "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=voc)
