@@ -30,7 +30,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -629,14 +629,20 @@ def draw_batch(records: list[Record], classes: list[str], seed: int, augment: st
     return pictures
 
 
-def check(sources: list, found: Findings, workers: int) -> int:
+def check(sources: dict[str, Callable], found: Findings, workers: int) -> int:
     """Reads and decodes everything, prints every problem with its place; -> the exit status."""
     records: dict[Path, Record] = {}
-    for read in sources:
+    names: dict[str, list[str]] = {}
+    for name, read in sources.items():
         try:
-            records.update((record.path, record) for record in read()[0])
+            some, names[name] = read()
+            records.update((record.path, record) for record in some)
         except BadData as error:  # nothing of this set can be read
             found.refuse(error.where, error.what)
+    for name, classes in names.items():
+        if lacks := sorted(set(itertools.chain(*names.values())) - set(classes)):
+            what = f"lacks {', '.join(lacks)}: a network trained on it alone cannot be measured on"
+            found.note(f"set {name}", f"{what} the sets that have them")
 
     def inspect(record: Record) -> None:
         try:
@@ -709,17 +715,17 @@ def main(argv: list[str] | None = None) -> int:
             listings = sorted(Path(args.coco_root, "annotations").glob("instances_*.json"))
             there = [p.stem.removeprefix("instances_") for p in listings]
             sets = args.sets or there or ["train2017"]
-            sources = [functools.partial(read_coco, args.coco_root, [s], found) for s in sets]
+            sources = {s: functools.partial(read_coco, args.coco_root, [s], found) for s in sets}
         else:
             if root is None:
                 root, classes = draw_shapes(args.shapes_root), SHAPE_CLASSES
             if args.classes:
                 classes = None if args.classes == "auto" else read_classes(args.classes)
             sets = args.sets or list_sets(root) or ["2007:trainval"]
-            sources = [functools.partial(read_voc, root, [s], classes, found) for s in sets]
+            sources = {s: functools.partial(read_voc, root, [s], classes, found) for s in sets}
         if args.check:
             return check(sources, found, args.workers)
-        records, classes = sources[0]()
+        records, classes = sources[sets[0]]()
         save_sheet(args.out, draw_batch(records, classes, args.seed, args.augment), columns=6)
         print(f"{args.out}: 24 of {len(records)} images, {len(classes)} classes, {args.augment}")
         return 0

@@ -238,6 +238,8 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
     if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
         raise BadData(xml, "size/width and size/height must be whole numbers of pixels")
     size = int(width), int(height)
+    if not objects:
+        found.note(xml, "no objects")
     rows = []
     for entry in objects:
         name, where = entry.get("name"), entry["where"]
@@ -513,6 +515,8 @@ def read_instances(listing: Path, folder: Path, found: Findings) -> tuple[list[R
     records = []
     for image_id, file_name, *_ in images:
         if image_id in sizes:
+            if not infos and not objects[image_id]:
+                found.note(f"{listing} image {image_id}", "no objects")
             rows = np.array(objects[image_id], np.float64).reshape(-1, 7)
             boxes, label, crowd, area = rows[:, :4], rows[:, 4], rows[:, 5], rows[:, 6]
             path, label = folder / file_name, label.astype(np.int64)

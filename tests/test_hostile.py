@@ -749,6 +749,29 @@ def test_check_goes_on_when_a_whole_set_cannot_be_read(voc, capsys):
     assert "2 images, 2 objects" in out
 
 
+def test_check_notes_images_without_objects_and_classes_that_a_set_lacks(voc, coco, capsys):
+    (voc / "Annotations/a.xml").write_text(xml_of())
+    for name, line in (("mine", "b"), ("held_out", "c")):
+        (voc / f"ImageSets/Main/{name}.txt").write_text(f"{line}\n")
+    Image.new("RGB", (60, 40)).save(voc / "JPEGImages/c.jpg")
+    (voc / "Annotations/c.xml").write_text(xml_of(an_object(), an_object("cat")))
+    flags = "--check", "--voc-root", voc, "--classes", "auto"
+    status, out, _ = run_data(capsys, *flags)
+    assert (status, "3 images, 3 objects" in out) == (0, True)
+    assert re.search(r"note +\S+a.xml  no objects\n", out)
+    for lacking, there in (("mine", True), ("trainval", True), ("held_out", False)):
+        what = f"note     set {lacking}  lacks cat: a network trained on it alone cannot"
+        assert (what in out) == there
+    root, content = coco
+    write_coco(root, content | {"annotations": [content["annotations"][0]]})
+    second = add_second_set(root, content)
+    second["images"].append({"id": 9, "file_name": "9.jpg", "width": 60, "height": 40})
+    Image.new("RGB", (60, 40)).save(root / "val2017/9.jpg")
+    write_coco(root, second, "val2017")
+    out = run_data(capsys, "--check", "--coco-root", root)[1]
+    assert re.search(r"note +\S+instances_val2017.json image 9  no objects\n", out)
+
+
 def test_check_goes_on_without_what_is_missing(voc, coco, capsys, monkeypatch):
     """A listed set without its images; a file that may not be read (root may read any)."""
     root, content = coco
