@@ -328,6 +328,7 @@ def read_voc(
             raise BadData(folder, "no such folder; expected the images there")
         files = sorted(os.listdir(folder), key=lambda f: (f.lower().endswith(".jpg"), f))
         paths = {Path(f).stem: folder / f for f in files if f.lower().endswith(SUFFIXES)}
+        named = set(files)
         lines = read_lines(listing)
         if not lines:
             raise BadData(listing, "lists no images")
@@ -347,7 +348,7 @@ def read_voc(
                 seen[xml] = where
                 if image_id not in paths:
                     raise BadData(where, f"no image {folder / image_id}.jpg")
-                path = paths[image_id]
+                path = folder / line if line in named else paths[image_id]  # of a.jpg and a.png
                 if xml.is_file():
                     images.append((image_id, path, *read_annotation(xml, path, found)))
                 elif annotated:
@@ -408,8 +409,9 @@ def read_coco(
             where = find_listing(root, name, annotated)[0]
             found.refuse(where, f"its categories are not those of the sets before: {names}")
         for record in more:
-            if seen.setdefault(record.name, name) != name:
+            if record.name in seen:
                 found.refuse(f"{name} image {record.name}", f"the set {seen[record.name]} has it")
+            seen[record.name] = name
         records, classes = records + more, names
     found.say()
     return records, classes

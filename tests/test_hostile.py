@@ -169,6 +169,13 @@ def test_other_suffixes_and_names_with_spaces(voc):
     assert load(record).mode == "RGB"
 
 
+def test_an_image_listed_with_its_suffix_is_that_one(voc):
+    Image.new("RGB", (60, 40)).save(voc / "JPEGImages/a.png")
+    for line, want in (("a", "a.jpg"), ("a.jpg", "a.jpg"), ("a.png", "a.png")):
+        (voc / "ImageSets/Main/mine.txt").write_text(f"{line}\n")
+        assert read_voc(voc, ["mine"])[0][0].path.name == want
+
+
 def test_missing_parts_name_what_is_missing(voc):
     with pytest.raises(ValueError, match=r"--voc-root /nowhere: no such folder.*contains VOC2007/"):
         read_voc("/nowhere", ["2007:trainval"])
@@ -669,6 +676,8 @@ def test_several_coco_sets(coco):
     write_coco(root, content, "val2017")
     with pytest.raises(BadData, match="val2017 image 7: the set train2017 has it"):
         read_coco(root, ["train2017", "val2017"])
+    with pytest.raises(BadData, match="train2017 image 7: the set train2017 has it"):
+        read_coco(root, ["train2017", "train2017"])
     second["categories"][0]["name"] = "comb"
     write_coco(root, second, "val2017")
     with pytest.raises(BadData, match="instances_val2017.json: its categories are not those"):
