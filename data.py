@@ -655,6 +655,7 @@ def check(sources: dict[str, Callable], found: Findings, workers: int) -> int:
         except BadData as error:
             found.refuse(error.where, error.what)
 
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no text: none ends the list
     start = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:  # the decoders let go of the interpreter's lock
         for done, _ in enumerate(pool.map(inspect, records.values()), start=1):
@@ -700,9 +701,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", default="sheet.png", help="the contact sheet")
     add("--augment", choices=AUGMENT, default="ssd")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=os.cpu_count(), help="threads of --check")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads of --check")
     args = parser.parse_args(argv)
     try:
+        if args.workers < 1 or args.seed < 0:
+            given = f"--workers {args.workers} --seed {args.seed}"
+            raise ValueError(f"{given}: expected 1 or more, and 0 or more")
         if args.bench:
             from experiments import input_bench
 

@@ -131,7 +131,8 @@ def read_classes(path: str | Path) -> list[str]:
 def stays_inside(name: str) -> bool:
     """Whether a name that a file gives stays in its folder: no `..`, no absolute path, no NUL."""
     parts = name.replace("\\", "/").split("/")
-    return ".." not in parts and parts[0] != "" and "\0" not in name and ":" not in parts[0]
+    drive = re.match("[A-Za-z]:", name)  # "12:30.jpg" is a name
+    return ".." not in parts and parts[0] != "" and "\0" not in name and not drive
 
 
 def number(text: object) -> float:
@@ -154,7 +155,7 @@ def check_box(box: list[float], size: tuple, name: str, where: str, found: Findi
     """Whether a box xyxy in pixels can be used; refuses what is not a box on the image."""
     (x0, y0, x1, y1), (w, h) = box, size
     if any(map(math.isnan, box)):
-        found.refuse(where, f"{name}: the box must be four numbers")
+        found.refuse(where, f"{name}: the box must be four numbers; got {box}")
     elif x1 < x0 or y1 < y0:
         found.refuse(where, f"{name}: box {box} is inverted; expected xmin < xmax, ymin < ymax")
     elif x1 == x0 or y1 == y0:
@@ -236,7 +237,8 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         width, height = open_image(image).size
         found.handle(xml, "sizes missing in the XML, taken from the image")
     if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
-        raise BadData(xml, "size/width and size/height must be whole numbers of pixels")
+        given = " x ".join(head.get(f"size/{side}", "0")[:60] for side in ("width", "height"))
+        raise BadData(xml, f"size/width x size/height {given}: expected whole numbers of pixels")
     size = int(width), int(height)
     if not objects:
         found.note(xml, "no objects")

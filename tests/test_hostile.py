@@ -236,7 +236,7 @@ def test_one_name_is_not_a_list_of_names(voc):
         (xml_of(an_object(box=("x", 6, 9, 31))), r"a.xml:4: dog: the box must be four numbers"),
         (xml_of(an_object(box=("nan", 6, 9, 31))), "four numbers"),
         (xml_of(an_object(box=(1, 6, "1e999", 31))), "four numbers"),
-        (xml_of(an_object(box=(1, 6, "", 31))), "four numbers"),
+        (xml_of(an_object(box=(1, 6, "", 31))), r"four numbers; got \[1.0, 6.0, nan, 31.0\]"),
         (xml_of(an_object(box=(1, 6, "1_0", 31))), "four numbers"),
         (xml_of("<object><name>dog</name></object>"), "four numbers"),
         (
@@ -250,7 +250,7 @@ def test_one_name_is_not_a_list_of_names(voc):
         ),
         (xml_of(an_object(difficult="maybe")), "difficult must be 0 or 1; got 'maybe'"),
         (xml_of(an_object(), size=(-60, 40)), "whole numbers of pixels"),
-        (xml_of(an_object(), size=("x", 40)), "whole numbers of pixels"),
+        (xml_of(an_object(), size=("x", 40)), "size/height x x 40: expected whole numbers of pix"),
         (xml_of(an_object(), size=(60, 0)), "whole numbers of pixels"),
         (xml_of(an_object(), filename="../../etc/passwd"), "leaves its folder"),
         (xml_of(an_object())[:-30], r"a.xml:\d+: broken XML: (no element found|unclosed token)"),
@@ -804,11 +804,34 @@ def test_check_goes_on_without_what_is_missing(voc, coco, capsys, monkeypatch):
     assert re.search(r"refused +\S+b.xml:4  dog: box .* inverted", out)
 
 
+def test_check_prints_names_that_are_no_text(coco):
+    root, content = coco
+    content["images"].append({"id": 8, "file_name": "\ud800.jpg", "width": 60, "height": 40})
+    write_coco(root, content)
+    command = [sys.executable, ROOT / "data.py", "--check", "--coco-root", root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "no image" in done.stdout
+    assert "1 places that training refuses" in done.stdout
+
+
+def test_names_with_a_colon_stay_inside_drives_do_not():
+    assert readers.stays_inside("2021-03-04T12:30:05.jpg")
+    assert not readers.stays_inside("C:a.jpg")
+
+
 def test_errors_of_the_command_are_one_line(voc):
     command = [sys.executable, ROOT / "data.py", "--voc-root", voc / "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=voc)
     assert done.returncode == 2
     assert re.fullmatch(r"error: --voc-root .*nowhere.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("flags", [("--workers", 0), ("--seed", -1)])
+def test_numbers_out_of_range_name_their_flag(voc, capsys, flags):
+    status, _, err = run_data(capsys, "--check", "--voc-root", voc, *flags)
+    assert status == 2
+    assert re.search(f"error: .*{flags[0]} {flags[1]}.*expected 1 or more, and 0 or more", err)
 
 
 def test_the_sheet_shows_24_augmented_images(voc, tmp_path, capsys):
