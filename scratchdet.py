@@ -129,8 +129,11 @@ class Config:
                 )
         if not 0 < self.width <= 4:
             raise ValueError(f"width = {self.width}: expected a number in (0, 4]; 1 is the paper's")
-        if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"classes = {self.classes}: expected one or more different names")
+        names = () if isinstance(self.classes, str) else self.classes  # ("dog") is no tuple
+        if not names or len(set(names)) != len(names):
+            raise ValueError(
+                f"classes = {self.classes!r}: expected a tuple of different names, one: ('dog',)"
+            )
         if self.size < 1:
             raise ValueError(f"size = {self.size}: expected pixels; 300 is the paper's")
         if len(self.std) != 3 or not all(0 < s < math.inf for s in self.std):

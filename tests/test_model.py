@@ -659,6 +659,7 @@ def test_config_survives_json():
         ({"width": float("nan")}, "width = nan"),
         ({"classes": ()}, "classes"),
         ({"classes": ("dog", "dog")}, "different names"),
+        ({"classes": "dog"}, "classes = 'dog': expected a tuple"),  # not the classes d, o and g
         ({"stem": (2, 1, 1)}, "odd kernel"),
         ({"stem": (3, 0, 1)}, "odd kernel"),
         ({"stem": (3, 3, 0)}, "odd kernel"),
