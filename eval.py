@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 import data
@@ -442,6 +442,19 @@ def output_folder(path: str, sources: list[Path]) -> Path:
     return folder
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, turned as its EXIF says.
+
+    ImageOps.exif_transpose would write the EXIF anew, and fail where any other tag is broken.
+    """
+    how = Image.Transpose
+    turns = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE,
+             6: how.ROTATE_270, 7: how.TRANSVERSE, 8: how.ROTATE_90}  # fmt: skip
+    image.load()  # Pillow turns a TIFF here
+    turn, image = turns.get(data.exif_orientation(image)), data.to_rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
 def own_pictures(model: ScratchDet, args: argparse.Namespace) -> None:
     """Detect in pictures without annotations; print, draw, and write JSON."""
     path, classes, rows, anything = Path(args.images), model.config.classes, [], False
@@ -455,7 +468,7 @@ def own_pictures(model: ScratchDet, args: argparse.Namespace) -> None:
     for picture in pictures:
         image = data.open_image(picture)
         try:
-            image = data.to_rgb(ImageOps.exif_transpose(image))
+            image = upright(image)
         except Exception as error:  # whatever a decoder raises on bytes from anywhere
             raise ValueError(f"{picture}: cannot be decoded ({error})") from None
         found = detect_image(model, image, passes)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import eval as evaluation
@@ -1003,6 +1004,32 @@ def test_own_pictures(checkpoint, records, tmp_path, capsys):
     assert set(rows[0]["detections"][0]) == {"label", "score", "box_xyxy"}
     with Image.open(tmp_path / "drawn" / "phone.jpg") as drawn:
         assert drawn.size == (100, 200)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_pictures_are_turned_as_pillow_turns_them(orientation, suffix, tmp_path):
+    image = Image.fromarray((np.arange(18).reshape(2, 3, 3) * 10).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"turned.{suffix}", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{suffix}"))
+    got = evaluation.upright(Image.open(tmp_path / f"turned.{suffix}"))
+    assert np.array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_a_picture_of_16_bits_stays_one(tmp_path):
+    (tmp_path / "grey.pgm").write_bytes(b"P5 2 1 65535\n\x00\x00\xff\xff")
+    got = evaluation.upright(Image.open(tmp_path / "grey.pgm"))
+    assert np.asarray(got).tolist() == [[[0] * 3, [255] * 3]]
+
+
+def test_a_broken_exif_tag_does_not_hide_a_picture(tmp_path):
+    """Orientation 6, and a resolution of -5 where numbers are not negative."""
+    tags = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIhH", 0x0100, 8, 1, -5, 0)
+    tags += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + bytes(4)
+    Image.new("RGB", (30, 20)).save(tmp_path / "broken.jpg", exif=b"Exif\0\0" + tags)
+    assert evaluation.upright(Image.open(tmp_path / "broken.jpg")).size == (20, 30)
 
 
 def test_fps(checkpoint, shapes, monkeypatch, capsys):
