@@ -399,8 +399,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | Path, list[str]]:
-    """What to measure on: (kind, root, sets), from the flags or else as train.py evaluated."""
+def data_source(
+    args: argparse.Namespace, checkpoint: dict
+) -> tuple[str, str | Path, list[str], int | None]:
+    """What to measure on, from the flags or else as train.py evaluated: (kind, root, sets, how many
+    of their images). None are all; of an --overfit run they are those it was measured on."""
     saved = checkpoint.get("args") or {}
     kind = data.kind_of(args, saved.get("data", "shapes"))
     saved = saved if saved.get("data") == kind else {}
@@ -409,7 +412,8 @@ def data_source(args: argparse.Namespace, checkpoint: dict) -> tuple[str, str | 
         root = data.draw_shapes(root or "runs/shapes-data")
     if not root:
         raise ValueError(f"--data {kind}: where is it? Expected --{kind}-root DIR")
-    return kind, root, args.eval_sets or saved.get("eval_sets") or data.SETS[kind][1]
+    first = None if args.eval_sets else saved.get("overfit") or None
+    return kind, root, args.eval_sets or saved.get("eval_sets") or data.SETS[kind][1], first
 
 
 def align(
@@ -426,11 +430,12 @@ def align(
 
 
 def read_records(
-    kind: str, root: str | Path, sets: list[str], classes: tuple[str, ...], where: str, **flags
-) -> list[Record]:
+    kind: str, root: str | Path, sets: list[str], first: int | None,
+    classes: tuple[str, ...], where: str, **flags,
+) -> list[Record]:  # fmt: skip
     """What `data_source` found, with labels as the checkpoint `where` counts its `classes`."""
     read = data.read_coco if kind == "coco" else data.read_voc
-    return align(*read(root, sets, **flags), classes, where)
+    return align(*read(root, sets, **flags), classes, where)[:first]
 
 
 def output_folder(path: str, sources: list[Path]) -> Path:
@@ -531,14 +536,15 @@ def main(argv: list[str] | None = None) -> None:
     asked = (args.data, args.voc_root, args.coco_root, args.eval_sets, args.draw, args.json)
     if args.export and not any((*asked, args.results, args.comp4, args.fps)):
         return
-    kind, root, sets = data_source(args, checkpoint)
+    source = data_source(args, checkpoint)
+    kind, root, sets, _ = source
     if args.comp4 and (kind == "coco" or len(sets) > 1):
         raise ValueError(
             f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
             f"{kind}, {' '.join(sets)}"
         )
     test_set = args.results if kind == "coco" else args.comp4  # comes without annotations
-    records = read_records(kind, root, sets, classes, args.checkpoint, annotated=not test_set)
+    records = read_records(*source, classes, args.checkpoint, annotated=not test_set)
     metric = metric_of(kind, sets)
     if args.json and not any(len(r.labels) for r in records):
         raise ValueError(f"--json {args.json}: {' '.join(sets)} has no annotations to measure by")

@@ -161,6 +161,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     parser.set_defaults(**(base | settings | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)
     check_args(args, given)
+    if args.overfit:
+        args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
     scale = args.batch_size / settings["batch_size"]  # the linear rule: same epochs
     args.lr = settings["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(settings["iterations"] / scale)

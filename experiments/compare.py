@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> Array:
             model, records, batch_size=args.batch_size, workers=args.workers
         )
         detectors.append(voc_matched(records, found, len(classes)))
-    kind, _, sets = source
+    kind, _, sets, _ = source
     metric = evaluation.metric_of(kind, sets)
     values = bootstrap(detectors, len(records), args.draws, metric)
 

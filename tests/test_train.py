@@ -480,6 +480,16 @@ def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
     assert 0 < minutes[0] <= minutes[1] <= end
 
 
+def test_an_overfit_run_is_measured_again_on_its_own_images(shapes_root, tmp_path):
+    train.main(voc_flags(shapes_root, "--overfit", 2, "--iterations", 1, "--out", tmp_path))
+    again = tmp_path / "again.json"
+    train.evaluation.main([f"{tmp_path}/last.pt", "--workers", "0", "--json", str(again)])
+    expected = json.loads((tmp_path / "results.json").read_text())
+    assert expected["images"] == 2
+    assert expected.pop("cpu_minutes") > 0
+    assert json.loads(again.read_text()) == expected
+
+
 def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shapes_root, tmp_path):
     with pytest.raises(ValueError, match="--batch-size 8.*started with 4"):
         train.main(run_flags(shapes_root, whole_run, "--resume", "--batch-size", 8))
