@@ -516,6 +516,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--fps measures speed alone: ask for the other outputs without it")
     for file in filter(None, (args.json, args.results, args.export)):
         Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)  # fail now, not at the end
+        if Path(file).is_dir():
+            raise ValueError(f"{file}: a folder; expected the name of a file to write")
     model, checkpoint = load(args.checkpoint, args.device)
     classes, device = model.config.classes, model.priors_cxcywh.device
     if device.type == "cuda":

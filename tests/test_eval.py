@@ -1060,6 +1060,8 @@ def test_fps(checkpoint, shapes, monkeypatch, capsys):
         (["{pt}", "--images", "{run}/none"], "no picture"),
         (["{pt}", "--images", "{run}", "--fps"], "--images measures nothing"),
         (["{pt}", "--fps", "--json", "{run}/x.json"], "--fps measures speed alone"),
+        (["{pt}", "--voc-root", "{shapes}", "--json", "{run}"], "{run}: a folder; expected"),
+        (["{pt}", "--export", "{run}"], "{run}: a folder; expected"),
         (["{pt}", "--images", "{run}/text.jpg"], "text.jpg"),
         (["{pt}", "--voc-root", "{shapes}", "--draw", "{shapes}/VOC2007/JPEGImages"], "--draw"),
     ],
