@@ -217,11 +217,11 @@ def convs_of(module: nn.Module):
 
 
 def run_extras(extras: nn.ModuleList, x: Tensor) -> list[Tensor]:
-    """One map per block. Stops where a small test image leaves no 3x3 for an unpadded window."""
+    """One map per block. Stops where that of a small test image is less than a window."""
     maps = []
     for block in extras:
-        unpadded = any(m.padding == (0, 0) and m.kernel_size == (3, 3) for m in convs_of(block))
-        if unpadded and min(x.shape[-2:]) < 3:
+        side = min(x.shape[-2:])
+        if any(side + 2 * m.padding[0] < m.kernel_size[0] for m in convs_of(block)):
             break
         x = block(x)
         maps.append(x)

@@ -221,9 +221,18 @@ def test_a_checkpoint_of_a_baseline_is_loaded_and_detects(tmp_path, rng):
     assert boxes.shape == (1, 200, 4)
 
 
-@pytest.mark.parametrize("name", ["root-resnet50", "root-resnet34-preact", "dsod300"])
-def test_other_image_sizes_have_as_many_priors_as_outputs(name):
-    model = ScratchDet(Config(name, width=0.05, classes=("a",))).eval()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("root-resnet50", {}),
+        ("root-resnet34-preact", {}),
+        ("dsod300", {}),
+        ("scratchdet512", {"size": 512, "priors": "coco512"}),
+        ("ssd321", {"size": 321, "priors": "voc321"}),
+    ],
+)
+def test_other_image_sizes_have_as_many_priors_as_outputs(name, config):
+    model = ScratchDet(Config(name, width=0.05, classes=("a",), **config)).eval()
     with torch.no_grad():
         maps = model.features(torch.zeros(1, 3, 100, 180))
         loc, _ = model.head(maps)
@@ -236,6 +245,8 @@ def test_a_network_that_does_not_fit_its_priors_is_refused():
         ScratchDet(Config("scratchdet512", width=0.05, size=512))
     with pytest.raises(ValueError, match="ssd321"):
         ScratchDet(Config("ssd321", width=0.05))
+    with pytest.raises(ValueError, match="size = 256: scratchdet512 makes 6 maps"):
+        ScratchDet(Config("scratchdet512", width=0.05, size=256, priors="coco512"))
 
 
 # ------------------------------------------------------------------------------ ImageNet's VGG-16
