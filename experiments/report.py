@@ -33,6 +33,7 @@ LIGHT = ("#1f5fbf", "#c23b22", "#2e8b57", "#9a6b00", "#7b3fa0", "#555555")
 DARK = ("#7fb0ff", "#ff8f78", "#74d3a0", "#e8b84a", "#cf9df0", "#bbbbbb")
 POINTS = 300  # of a drawn curve
 PICTURE = 1200  # width in pixels that a sheet of detections is shrunk to
+WHOLE = ("mAP", "learning rate", "images/s, since the start")  # curves of which none diverges
 SHOWN = ("backbone", "bn", "width", "lr", "batch_size", "iterations", "recipe", "data", "seed")
 
 
@@ -121,7 +122,7 @@ def top_of(lines) -> float:
     tops = []
     for line in lines:
         values = sorted(y for _, y in line)
-        tops.append(values[int(0.995 * (len(values) - 1))])
+        tops.append(values[math.ceil(0.995 * (len(values) - 1))])
     return min(max(tops), 2 * statistics.median_low(tops)) or 1.0 if tops else 1.0
 
 
@@ -211,8 +212,9 @@ def training(runs: list[Run]) -> str:
     parts = ['<div class="panels">']
     for title in titles:
         lines = {i: some[title] for i, some in enumerate(curves) if some.get(title)}
-        caption = escape(title)
-        parts.append(f"<figure>{chart(title, lines)}<figcaption>{caption}</figcaption></figure>")
+        caption, highest = escape(title), max(y for line in lines.values() for _, y in line)
+        panel = chart(title, lines, y_max=ticks(highest or 1.0)[-1] if title in WHOLE else None)
+        parts.append(f"<figure>{panel}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
     parts.append(

@@ -131,6 +131,21 @@ def test_map_on_the_way_is_a_curve(tmp_path):
     run = report.read_run(folder)
     assert report.series(run)["mAP"] == [(30, 0.2), (60, 0.4321)]
     assert "<figcaption>mAP</figcaption>" in report.page([run])
+    assert report.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
+
+
+def test_rates_far_apart_stay_in_one_frame(tmp_path):
+    """0.001 and 0.05, as BatchNorm's comparison has them: the larger is no curve that diverges."""
+    runs = []
+    for rate in (0.001, 0.05):
+        folder = make_run(tmp_path / str(rate))
+        log = (folder / "log.jsonl").read_text().replace('"lr": 0.05', f'"lr": {rate}')
+        (folder / "log.jsonl").write_text(log)
+        runs.append(report.read_run(folder))
+    svg = re.search(r'aria-label="learning rate">.*?</svg>', report.page(runs))[0]
+    points = re.findall(r'points="([^"]*)"', svg)
+    heights = [float(point.split(",")[1]) for line in points for point in line.split()]
+    assert min(heights) >= 12  # the frame's upper edge
 
 
 def test_fluctuation_is_the_change_of_the_norm(tmp_path):
