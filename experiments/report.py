@@ -340,7 +340,7 @@ border-bottom:1px solid var(--rule)}
 a{color:inherit}nav{display:flex;flex-wrap:wrap;gap:0 1rem}
 :focus-visible{outline:3px solid #f58200;outline-offset:2px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,9rem),1fr))}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,12rem),1fr))}
 figure{margin:0}figcaption{font-size:.9rem;text-align:center;color:var(--soft)}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--soft)}
 .grid{stroke:var(--rule);fill:none}.line{fill:none;stroke:var(--run);stroke-width:1.6;
