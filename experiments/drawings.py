@@ -2,9 +2,9 @@
 
     python experiments/report.py --figures              docs/figures/*.svg
 
-Every picture is a drawn scene of shapes, and colours mean the same everywhere: ground truth green,
-priors grey, positives and detections orange, negatives blue. Boxes are `_xyxy`, in pixels of a
-300x300 image unless a name says otherwise.
+Every picture is a drawn scene of shapes, and boxes have the same colours everywhere: ground truth
+green, priors grey, positives and detections orange, negatives blue. Boxes are `_xyxy`, in pixels of
+a 300x300 image unless a name says otherwise.
 """
 
 import numpy as np
@@ -20,6 +20,7 @@ from ops.reference import hard_negatives, pairwise_iou
 from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors, priors_per_cell
 
 GREEN, GREY, ORANGE, BLUE = "#009e3c", "#808080", "#f58200", "#2763b8"
+INK = "#222222"  # what is none of these
 GROUND, FILL, MEAN = "#f3efe6", "#c9bfa8", "#7b7568"  # picture, its shapes, beside the picture
 SIDE = 300  # of the scene
 
@@ -140,10 +141,10 @@ def augmentation() -> str:
     shrink = SIDE / (SIDE + 2 * outside)
     frame = (-outside, -outside, SIDE + outside, SIDE + outside)
     names = "ABC"
-    rectangles = [box(s, BLUE, 2, dash="6 4") for s in sources]
+    rectangles = [box(s, INK, 2, dash="6 4") for s in sources]
     letters = [
         f'<text x="{s[2] - 26:.0f}" y="{s[1] + 26:.0f}" style="font-size:{15 / shrink:.0f}px;'
-        f'fill:{BLUE}">{names[i]}</text>'
+        f'fill:{INK}">{names[i]}</text>'
         for i, s in enumerate(sources)
     ]
     title = "the picture, and three sources"
@@ -176,15 +177,15 @@ def priors() -> str:
         inner.append(f'<path d="{places}" stroke="{GREY}" stroke-width="{min(6.0, 44 / n):.1f}" '
                      'stroke-linecap="round"/>')  # fmt: skip
         cell = mine[n // 2, n // 2]
-        inner += [box(b, "#3c3c3c", 2) for b in cell.tolist()]
+        inner += [box(b, GREY, 2) for b in cell.tolist()]
         inner += truth()
         x, y = 40 + 340 * (i % 3), 44 + 350 * (i // 3)
         title = f"map {i + 1}: {n}x{n} cells x {a} priors = {n * n * a:,}"
         parts += panel(x, y, inner, title=title, clip=f"map{i}")
         parts.append(text(x, y + 318, f"squares of {small} and {(small * large) ** 0.5:.0f} px, "
-                          f"ratios {', '.join(f'{r}:1 and 1:{r}' for r in ratios)}"))  # fmt: skip
+                          f"ratios {', '.join(f'{r}:1, 1:{r}' for r in ratios)}"))  # fmt: skip
     parts.append(text(40, 738, f"{first:,} priors in all. Dots: centres of the cells; "
-                      "rectangles: the priors of one cell; green: ground truth"))  # fmt: skip
+                      "grey rectangles: the priors of one cell; green: ground truth"))  # fmt: skip
     return page(1060, 752, parts)
 
 
@@ -239,7 +240,8 @@ def negatives() -> str:
     some = 8 * int(mined.sum())
     order = score[~positive].sort(descending=True).values[:some].tolist()
     parts.append(box((left, top, left + width, top + height), "#888", 1))
-    parts.append(text(left, top - 9, "-log p(background), the negatives sorted", weight="bold"))
+    title = f"-log p(background) of the {some} hardest, sorted"
+    parts.append(text(left, top - 9, title, weight="bold"))
     cut, high = int(mined.sum()), 1.05 * order[0]
     place = [(left + width * i / some, top + height * (1 - s / high)) for i, s in enumerate(order)]
     ground = top + height
