@@ -185,7 +185,7 @@ class BasicBlock(nn.Module):
 
     `shrink`: the first convolution has stride 2 and no padding, so that a 3x3 map becomes 1x1. The
     shortcut then starts at the second pixel, the centre of the first 3x3 window. Only the last
-    extra block needs it: with padding, no stride leads from 3 to 1 (Deviations in the README).
+    extra block needs it: with padding, stride 2 leads from 3 to 2 (Deviations in the README).
     """
 
     expansion = 1  # output channels / those of the 3x3 convolutions
