@@ -249,7 +249,8 @@ def _load():
                 raise
             _say(
                 f"no {device.upper()} kernels: {error}.\n  So on {device.upper()} tensors the ops "
-                "run as plain PyTorch: the same results, 10 to 100 times slower.\n  "
+                "run as plain PyTorch: the same results, but slower (on a CPU, detection takes "
+                "about a second an image).\n  "
                 "SCRATCHDET_OPS=reference silences this, SCRATCHDET_OPS=require makes it an error."
             )
 
