@@ -141,7 +141,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--bench", action="store_true", help="no training: time the parts of a step, and end")
     # fmt: on
 
-    given, _ = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv  # the help waits for the recipe's defaults
+    given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     kind = data.kind_of(given)
     recipe = given.recipe or {"voc": "voc07"}.get(kind, kind)
     if not given.recipe and given.overfit:

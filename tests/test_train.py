@@ -144,6 +144,17 @@ def test_the_linear_rule():
 
 
 @pytest.mark.parametrize(
+    ("argv", "images", "width"), [([], 4, 0.125), (["--voc-root", "x"], 128, 1.0)]
+)
+def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([*argv, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"images of a step, over all processes (default: {images})" in said
+    assert f"factor on all channels (default: {width})" in said
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--batch-size 0", "--batch-size 0: expected 1 or more"),
