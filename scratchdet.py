@@ -618,15 +618,26 @@ def summary(model: ScratchDet) -> str:
 def add_config_flags(group: argparse._ActionsContainer) -> None:
     """The flags that define the network, for this file and train.py."""
     default = Config()
-    group.add_argument("--backbone", default=default.backbone, choices=[*BACKBONES, *BASELINES])
-    group.add_argument("--bn", default=default.bn, choices=["all", "backbone", "head", "none"])
+    group.add_argument(
+        "--backbone", default=default.backbone, choices=[*BACKBONES, *BASELINES],
+        help="root-: no stride in the first convolutions; the last ten: experiments/baselines.py",
+    )  # fmt: skip
+    group.add_argument(
+        "--bn", default=default.bn, choices=["all", "backbone", "head", "none"],
+        help="which part has BatchNorm",
+    )  # fmt: skip
     group.add_argument("--width", type=float, default=default.width, help="factor on all channels")
     group.add_argument(
         "--stem", type=int, nargs=3, metavar=("KERNEL", "CONVS", "STRIDE"),
         help="the first convolutions, where they differ from the backbone's own",
     )  # fmt: skip
-    group.add_argument("--extras", default=default.extras, choices=["residual", "conv"])
-    group.add_argument("--priors", default=default.priors, choices=list(PRIORS))
+    group.add_argument(
+        "--extras", default=default.extras, choices=["residual", "conv"],
+        help="the layers of the small maps: blocks of two 3x3, or SSD's 1x1 and 3x3",
+    )  # fmt: skip
+    group.add_argument(
+        "--priors", default=default.priors, choices=list(PRIORS), help="their sides and ratios"
+    )
     group.add_argument("--size", type=int, default=default.size, help="side of the input in pixels")
     group.add_argument(
         "--std", type=float, nargs=3, default=default.std, metavar=("R", "G", "B"),
