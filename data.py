@@ -246,6 +246,15 @@ def memory_map(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of it when the process dies."""
+    with open(path, "w") as file:
+        if fcntl is not None:  # elsewhere two processes may both build; the rename stays whole
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_cache(records: list[Record], folder: str | Path) -> Path:
     """A file of all decoded images, one after the other, made once and shared by all processes.
 
@@ -307,15 +316,6 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
             part.unlink(missing_ok=True)
         memory_map.cache_clear()
     return path
-
-
-@contextlib.contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of it when the process dies."""
-    with open(path, "w") as file:
-        if fcntl is not None:  # elsewhere two processes may both build; the rename stays whole
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ------------------------------------------------------------------------------ batches
@@ -386,6 +386,55 @@ class Dataset(torch.utils.data.Dataset):
         )
 
 
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+def as_it_is(batch):
+    return batch
+
+
+def start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C, and SIGTERM where `timeout` sends it to the whole group, are for the main process,
+    # which has a step to finish. SIGTERM to a worker itself still ends it.
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> Iterator[Batch]:
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        pin_memory=pin,
+        worker_init_fn=start_worker,
+        prefetch_factor=PREFETCH if workers else None,
+        generator=torch.Generator(),  # else it draws from the global one
+    )
+    # torch reports a dead worker from a signal handler, that is in the middle of anything, such as
+    # writing a checkpoint. Without it the wait for the next batch finds out, within 5 s.
+    handler = signal.getsignal(signal.SIGCHLD) if fcntl else None
+    stream = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        for batch in stream:
+            if isinstance(batch, BadData):
+                raise batch
+            yield batch
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        ours = "DataLoader worker", "Pin memory thread"
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ours):
+            raise
+        raise ChildProcessError(
+            f"a data worker died ({repr(error).splitlines()[0]}). If it was killed, memory or "
+            f"/dev/shm ran out: use fewer --workers (now {workers}) or a smaller --batch-size"
+        ) from error
+
+
 def batches(
     records: list[Record], size: int, *, batch_size: int, seed: int, augment: str = "ssd",
     start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
@@ -427,60 +476,18 @@ def ordered_batches(
     return load(dataset, order, workers)
 
 
-@functools.lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(length)
-
-
-def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> Iterator[Batch]:
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=as_it_is,
-        pin_memory=pin,
-        worker_init_fn=start_worker,
-        prefetch_factor=PREFETCH if workers else None,
-        generator=torch.Generator(),  # else it draws from the global one
-    )
-    # torch reports a dead worker from a signal handler, that is in the middle of anything, such as
-    # writing a checkpoint. Without it the wait for the next batch finds out, within 5 s.
-    handler = signal.getsignal(signal.SIGCHLD) if fcntl else None
-    stream = iter(loader)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    try:
-        for batch in stream:
-            if isinstance(batch, BadData):
-                raise batch
-            yield batch
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        ours = "DataLoader worker", "Pin memory thread"
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in ours):
-            raise
-        raise ChildProcessError(
-            f"a data worker died ({repr(error).splitlines()[0]}). If it was killed, memory or "
-            f"/dev/shm ran out: use fewer --workers (now {workers}) or a smaller --batch-size"
-        ) from error
-
-
-def as_it_is(batch):
-    return batch
-
-
-def start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C, and SIGTERM where `timeout` sends it to the whole group, are for the main process,
-    # which has a step to finish. SIGTERM to a worker itself still ends it.
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 # ------------------------------------------------------------------------------ on the device
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return Batch(*(x.to(device, non_blocking=True) for x in batch))
+
+
+def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
+    """V = max and V - min over the channels: (N, 3, H, W) -> (N, H, W) each."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    return value, value - torch.minimum(torch.minimum(r, g), b)
 
 
 def distort(images: Tensor, colour: Tensor) -> Tensor:
@@ -522,13 +529,6 @@ def distort(images: Tensor, colour: Tensor) -> Tensor:
     if used(last, 1.0):
         x = (x * last[:, None]).round_().clamp_(0, 255)
     return x
-
-
-def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V = max and V - min over the channels: (N, 3, H, W) -> (N, H, W) each."""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    return value, value - torch.minimum(torch.minimum(r, g), b)
 
 
 @functools.lru_cache(maxsize=8)
