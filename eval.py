@@ -160,38 +160,6 @@ MULTI_SCALE = (
 )
 
 
-@torch.no_grad()
-def detect_image(
-    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
-) -> Detections:
-    """`Detections` of one RGB picture of any size, over several passes joined by `vote_boxes`.
-
-    The priors keep their sides in pixels and lie where the actual maps are; a map too small for
-    the next layer ends the pyramid. A single pass is not mirrored and not voted on.
-    """
-    config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
-    several, parts = len(passes) > 1, []
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
-    for scale, aspect, longer, shorter in passes:
-        side = round(config.size * scale)
-        sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
-        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
-        x = data.normalise(x.to(device), config)
-        x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
-        maps = model.features(x)
-        priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
-        loc, logits = model.head(maps)
-        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
-        for mirrored, (xyxy, scores, labels) in enumerate(found):
-            if mirrored:
-                xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
-            sizes = xyxy[:, 2:] - xyxy[:, :2] + 1
-            keep = (sizes.max(axis=1) > longer) & (sizes.min(axis=1) < shorter)
-            parts.append(Detections(xyxy[keep], scores[keep], labels[keep]))
-    joined = Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    return vote_boxes(joined, soft=soft) if several else joined
-
-
 def vote_boxes(
     found: Detections, *, soft: bool = False,
     iou_threshold: float = 0.45, min_score: float = 0.01, max_detections: int = 200,
@@ -227,6 +195,38 @@ def vote_boxes(
     rows = np.concatenate(rows)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[:max_detections]]
     return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+
+
+@torch.no_grad()
+def detect_image(
+    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
+) -> Detections:
+    """`Detections` of one RGB picture of any size, over several passes joined by `vote_boxes`.
+
+    The priors keep their sides in pixels and lie where the actual maps are; a map too small for
+    the next layer ends the pyramid. A single pass is not mirrored and not voted on.
+    """
+    config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
+    several, parts = len(passes) > 1, []
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
+    for scale, aspect, longer, shorter in passes:
+        side = round(config.size * scale)
+        sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
+        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
+        x = data.normalise(x.to(device), config)
+        x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
+        maps = model.features(x)
+        priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
+        loc, logits = model.head(maps)
+        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
+        for mirrored, (xyxy, scores, labels) in enumerate(found):
+            if mirrored:
+                xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
+            sizes = xyxy[:, 2:] - xyxy[:, :2] + 1
+            keep = (sizes.max(axis=1) > longer) & (sizes.min(axis=1) < shorter)
+            parts.append(Detections(xyxy[keep], scores[keep], labels[keep]))
+    joined = Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return vote_boxes(joined, soft=soft) if several else joined
 
 
 # ----------------------------------------------------------------------------------------- pictures
