@@ -136,27 +136,20 @@ def overlaps(
 # --------------------------------------------------------------------------------------- VOC
 
 
-def voc_ap(
-    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
-) -> dict:
-    """Average precision by the VOC devkit's rules, both ways, for each class, and by size.
+def interpolate(recall: Array, precision: Array, steps: Array) -> tuple[float, float]:
+    """11-point AP and the area under the envelope, from the points at the true positives, each of
+    which raised the recall by one of `steps`."""
+    # precision only falls between true positives, so the best at recall >= r is at one of them
+    best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3: the
+    # published numbers (py-faster-rcnn's voc_eval) were made so, and it moves a class by up to .001
+    points = np.searchsorted(recall, np.arange(0, 1.1, 0.1))  # the first with recall >= r
+    return best[points].mean(), best[:-1] @ steps
 
-    A detection looks only at the ground truth of its class and image that it overlaps most (the
-    first on ties). IoU, pixels counted inclusively (+1), strictly above `iou_threshold` and not
-    yet found by a higher score: true positive; found already or too little overlap: false
-    positive; difficult: neither. Detections of equal score count in the order of the images.
 
-    Returns a dict: "ap11" and "area", each (num_classes,), NaN for a class without ground truth
-    that is not difficult; "curves", for each class (recall, precision) at its true positives;
-    "by_size": the mean of "ap11" and "area" over objects of one size only, for each of `SIZES`:
-    sides of the object as a 300x300 network sees it, other ground truth ignored like difficult
-    ones, and so is a detection of another size that finds nothing (as in COCO).
-    Labels are 1..num_classes. Raises ValueError for lists that do not belong together.
-    """
-    average = voc_matched(records, detections, num_classes, iou_threshold)
-    ap11, area, curves = average()
-    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
-    return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
+def mean(ap: Array) -> float:
+    """Mean over the classes that have ground truth; NaN where none has."""
+    return float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
 
 
 def voc_matched(
@@ -211,20 +204,27 @@ def voc_matched(
     return average
 
 
-def interpolate(recall: Array, precision: Array, steps: Array) -> tuple[float, float]:
-    """11-point AP and the area under the envelope, from the points at the true positives, each of
-    which raised the recall by one of `steps`."""
-    # precision only falls between true positives, so the best at recall >= r is at one of them
-    best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3: the
-    # published numbers (py-faster-rcnn's voc_eval) were made so, and it moves a class by up to .001
-    points = np.searchsorted(recall, np.arange(0, 1.1, 0.1))  # the first with recall >= r
-    return best[points].mean(), best[:-1] @ steps
+def voc_ap(
+    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
+) -> dict:
+    """Average precision by the VOC devkit's rules, both ways, for each class, and by size.
 
+    A detection looks only at the ground truth of its class and image that it overlaps most (the
+    first on ties). IoU, pixels counted inclusively (+1), strictly above `iou_threshold` and not
+    yet found by a higher score: true positive; found already or too little overlap: false
+    positive; difficult: neither. Detections of equal score count in the order of the images.
 
-def mean(ap: Array) -> float:
-    """Mean over the classes that have ground truth; NaN where none has."""
-    return float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
+    Returns a dict: "ap11" and "area", each (num_classes,), NaN for a class without ground truth
+    that is not difficult; "curves", for each class (recall, precision) at its true positives;
+    "by_size": the mean of "ap11" and "area" over objects of one size only, for each of `SIZES`:
+    sides of the object as a 300x300 network sees it, other ground truth ignored like difficult
+    ones, and so is a detection of another size that finds nothing (as in COCO).
+    Labels are 1..num_classes. Raises ValueError for lists that do not belong together.
+    """
+    average = voc_matched(records, detections, num_classes, iou_threshold)
+    ap11, area, curves = average()
+    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
+    return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
 
 
 # --------------------------------------------------------------------------------------- COCO
