@@ -77,6 +77,24 @@ SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_eve
 CHANGEABLE = ("voc_root", "coco_root", "shapes_root", "classes", "skip_nonfinite")
 
 
+def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """ValueError where a number is out of its range, or two flags say different things."""
+    machine.check_range(args, "batch_size accumulate iterations save_every", 1)
+    machine.check_range(args, "overfit lr weight_decay seed workers eval_every", 0)
+    machine.check_range(args, "momentum ema warmup drops", 0, 1)
+    machine.check_range(args, "minutes", 0.01)
+    if given.minutes and given.iterations:
+        raise ValueError("--minutes and --iterations both say how long to train: give one")
+    if given.drops and args.schedule == "linear":
+        raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
+    if not getattr(args, f"{args.data}_root"):
+        raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
+    if given.stem and args.backbone in ("vgg16", "dsod300", "ssd321"):
+        raise ValueError(f"--stem: {args.backbone} has its own first layers. --stem is for ResNets")
+    if args.data == "coco" and args.classes:
+        raise ValueError(f"--classes {args.classes}: COCO's files list their own; leave it out")
+
+
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     """The flags; those that the recipe sets take their defaults from it, `defaults` come last."""
     parser = argparse.ArgumentParser(
@@ -168,24 +186,6 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     args.lr = settings["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(settings["iterations"] / scale)
     return args
-
-
-def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """ValueError where a number is out of its range, or two flags say different things."""
-    machine.check_range(args, "batch_size accumulate iterations save_every", 1)
-    machine.check_range(args, "overfit lr weight_decay seed workers eval_every", 0)
-    machine.check_range(args, "momentum ema warmup drops", 0, 1)
-    machine.check_range(args, "minutes", 0.01)
-    if given.minutes and given.iterations:
-        raise ValueError("--minutes and --iterations both say how long to train: give one")
-    if given.drops and args.schedule == "linear":
-        raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
-    if not getattr(args, f"{args.data}_root"):
-        raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
-    if given.stem and args.backbone in ("vgg16", "dsod300", "ssd321"):
-        raise ValueError(f"--stem: {args.backbone} has its own first layers. --stem is for ResNets")
-    if args.data == "coco" and args.classes:
-        raise ValueError(f"--classes {args.classes}: COCO's files list their own; leave it out")
 
 
 # ------------------------------------------------------------------------------ optimisation
@@ -502,21 +502,6 @@ def open_log(out: Path, step: int, args, config: Config, where: str, world: int)
     return open(out / "log.jsonl", "a", buffering=1)
 
 
-def write_log(log_file, pending: list, rows: list, images_per_s: float, args) -> tuple[dict, bool]:
-    """A line for every step of `pending`, (step, names of its images, ...), from the values of its
-    log (5,) -> the last line, and whether it is finite."""
-    for (step, names, _), (loc, conf, positives, norm, _) in zip(pending, rows, strict=True):
-        line = {"step": step, "loss": loc + conf, "loc": loc, "conf": conf}
-        line |= {"positives": positives, "grad_norm": norm, "lr": learning_rate(step, args)}
-        line |= {"images_per_s": round(images_per_s, 2)}
-        finite = all(map(math.isfinite, line.values()))
-        if not finite:
-            report_nonfinite(line, names, args)
-        if log_file:
-            log_file.write(json.dumps(line) + "\n")
-    return line, finite
-
-
 def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) -> None:
     """A loss or gradient that is not a number: stop, naming all that is known, or say so."""
     kept, parts = Path(args.out) / "nonfinite.json", [images]
@@ -536,6 +521,21 @@ def report_nonfinite(line: dict, images: list[str], args: argparse.Namespace) ->
             "backbone 0.001), a --warmup, or --skip-nonfinite"
         )
     print(f"\nskipped, not finite: {what}")
+
+
+def write_log(log_file, pending: list, rows: list, images_per_s: float, args) -> tuple[dict, bool]:
+    """A line for every step of `pending`, (step, names of its images, ...), from the values of its
+    log (5,) -> the last line, and whether it is finite."""
+    for (step, names, _), (loc, conf, positives, norm, _) in zip(pending, rows, strict=True):
+        line = {"step": step, "loss": loc + conf, "loc": loc, "conf": conf}
+        line |= {"positives": positives, "grad_norm": norm, "lr": learning_rate(step, args)}
+        line |= {"images_per_s": round(images_per_s, 2)}
+        finite = all(map(math.isfinite, line.values()))
+        if not finite:
+            report_nonfinite(line, names, args)
+        if log_file:
+            log_file.write(json.dumps(line) + "\n")
+    return line, finite
 
 
 def numbers(results: dict) -> dict:
