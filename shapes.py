@@ -52,22 +52,6 @@ def texture(width: int, height: int, around: np.ndarray, rng: np.random.Generato
     return Image.composite(*(Image.new("RGB", (width, height), colour) for colour in two), mask)
 
 
-def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """1 to 6 boxes in an image, the largest first: (G, 4) xyxy, whole pixels.
-
-    The longer side is log-uniform from 20 to 220 px. Boxes are 3 px apart, except that about every
-    fifth lies partly on an earlier one, of which half at least stays uncovered.
-    """
-    how_many = rng.integers(1, 7, 2).max()  # many boxes an image: fewer images to learn from
-    sides = np.sort(20 * 11 ** rng.random(how_many))[::-1]  # (G,)
-    for attempt in itertools.count(1):
-        boxes = lay_out(sides, width, height, rng)
-        if boxes is not None:
-            return boxes
-        if attempt % 20 == 0:  # there is hardly room: the largest gives way
-            sides = np.sort(np.append(sides[1:], max(20.0, sides[0] * 0.9)))[::-1]
-
-
 def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator):
     """Boxes of these longer sides, one after another; None where one finds no room."""
     boxes, covered = np.zeros((0, 4)), np.zeros(0)  # covered: part of a box that later ones hide
@@ -91,6 +75,22 @@ def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator
         covered = np.append(covered + hides[best] if onto else covered, 0.0)
         boxes = np.concatenate([boxes, tries[best : best + 1]])
     return boxes
+
+
+def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """1 to 6 boxes in an image, the largest first: (G, 4) xyxy, whole pixels.
+
+    The longer side is log-uniform from 20 to 220 px. Boxes are 3 px apart, except that about every
+    fifth lies partly on an earlier one, of which half at least stays uncovered.
+    """
+    how_many = rng.integers(1, 7, 2).max()  # many boxes an image: fewer images to learn from
+    sides = np.sort(20 * 11 ** rng.random(how_many))[::-1]  # (G,)
+    for attempt in itertools.count(1):
+        boxes = lay_out(sides, width, height, rng)
+        if boxes is not None:
+            return boxes
+        if attempt % 20 == 0:  # there is hardly room: the largest gives way
+            sides = np.sort(np.append(sides[1:], max(20.0, sides[0] * 0.9)))[::-1]
 
 
 def draw_image(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray, np.ndarray]:
