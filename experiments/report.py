@@ -254,7 +254,13 @@ def results(runs: list[Run]) -> str:
             for i, v in values.items()
         )
 
-    rows = [["<b>mean</b>", bars({i: r["mAP"] for i, r in done.items()})]]
+    def mean(r: dict) -> float | None:
+        """Of the metric that heads the column, which need not be the run's own."""
+        if key == "ap_coco":
+            return r.get("coco", {}).get("AP")
+        return r[key.replace("ap", "mAP")]
+
+    rows = [["<b>mean</b>", bars({i: mean(r) for i, r in done.items()})]]
     for name in classes:
         values = {i: r["per_class"].get(name, {}).get(key) for i, r in done.items()}
         rows.append([escape(name), bars(values)])

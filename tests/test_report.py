@@ -134,6 +134,18 @@ def test_map_on_the_way_is_a_curve(tmp_path):
     assert report.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
 
 
+def test_a_column_holds_one_metric(tmp_path):
+    """Runs of VOC2007 and of another set: under 11-point AP stands no mean of areas."""
+    first, other = make_run(tmp_path / "first"), make_run(tmp_path / "other")
+    result = json.loads((other / "results.json").read_text())
+    result |= {"metric": "voc", "mAP": 0.777, "mAP_area": 0.777, "mAP_11point": 0.666}
+    (other / "results.json").write_text(json.dumps(result))
+    html = report.results([report.read_run(first), report.read_run(other)])
+    assert "11-point AP, VOC2007" in html
+    assert "0.666" in html
+    assert "0.777" not in html
+
+
 def test_rates_far_apart_stay_in_one_frame(tmp_path):
     """0.001 and 0.05, as BatchNorm's comparison has them: the larger is no curve that diverges."""
     runs = []
