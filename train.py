@@ -147,7 +147,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--bf16", action=yes_no, help="autocast; else where the hardware is made for it")
     add("--channels-last", action=yes_no, default=True, help="memory format of the network")
     add("--compile", action=yes_no, default=False, help="torch.compile the network")
-    add("--out", metavar="DIR", help="folder of the run; else runs/RECIPE")
+    add("--out", metavar="DIR", help="else runs/RECIPE; a run that is there moves aside")
     add("--resume", action=yes_no, default=False, help="go on from OUT/last.pt if there is one")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
     add("--eval-every", type=int, default=0, metavar="STEPS",
