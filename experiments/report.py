@@ -212,8 +212,9 @@ def training(runs: list[Run]) -> str:
     parts = ['<div class="panels">']
     for title in titles:
         lines = {i: some[title] for i, some in enumerate(curves) if some.get(title)}
-        caption, highest = escape(title), max(y for line in lines.values() for _, y in line)
-        panel = chart(title, lines, y_max=ticks(highest or 1.0)[-1] if title in WHOLE else None)
+        highest = max((y for line in lines.values() for _, y in line), default=0.0)
+        whole = ticks(highest or 1.0)[-1] if title in WHOLE else None
+        caption, panel = escape(title), chart(title, lines, y_max=whole)
         parts.append(f"<figure>{panel}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
