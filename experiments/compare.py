@@ -5,7 +5,8 @@
 
 The images are drawn again, with replacement, 1,000 times, and all detectors measured on each draw.
 The interval holds the middle 95 % of what comes out. It says what other images would change. It
-does not say what another seed of training would: for that, train several.
+does not say what another seed of training would: for that, train several. A draw counts some images
+several times, so its curves have higher peaks: the draws may lie a little above the value itself.
 
 Data as for eval.py: what the first checkpoint was evaluated on, or --voc-root DIR --eval-sets SET.
 The metric is VOC's, 11-point for VOC2007 and the area elsewhere, of all objects and by their size.
@@ -41,7 +42,8 @@ def bootstrap(detectors: list[Callable], images: int, draws: int, metric: str) -
         for m, average in enumerate(detectors):
             both = [average(*sides, times)[:2] for sides in PARTS.values()]
             values[draw, m] = [mean(ap11 if metric == "voc07" else area) for ap11, area in both]
-        progress(draw)
+        if draw:
+            progress(draw)
         times = np.bincount(rng.integers(images, size=images), minlength=images)
     return values
 
@@ -55,7 +57,7 @@ def row(name: str, values: Array) -> str:
             continue
         low, high = np.nanpercentile(column[1:], (2.5, 97.5))
         cells.append(f"{column[0]:.4f} [{low:.4f}, {high:.4f}]")
-    return f"{name:24}" + "".join(f"{cell:>27}" for cell in cells)
+    return f"{name:5}" + "".join(f"{cell:>25}" for cell in cells)
 
 
 def main(argv: list[str] | None = None) -> Array:
@@ -86,13 +88,16 @@ def main(argv: list[str] | None = None) -> Array:
 
     print(f"{len(records)} images of {' '.join(sets)}, {args.draws} draws, "
           f"{'11-point' if metric == 'voc07' else 'area'} mAP [95 % of the draws]")  # fmt: skip
-    print(f"{'':24}" + "".join(f"{part:>27}" for part in PARTS))
-    for m, path in enumerate(args.checkpoints):
-        print(row(f"{chr(65 + m)} {path}"[-23:], values[:, m]))
-    for m in range(1, len(detectors)):
+    letters = [chr(ord("A") + m) for m in range(len(detectors))]
+    for letter, path in zip(letters, args.checkpoints, strict=True):
+        print(f"{letter} = {path}")
+    print(f"{'':5}" + "".join(f"{part:>25}" for part in PARTS))
+    for m, letter in enumerate(letters):
+        print(row(letter, values[:, m]))
+    for m, letter in enumerate(letters[1:], start=1):
         difference = values[:, 0] - values[:, m]
-        print(row(f"A - {chr(65 + m)}", difference))
-        print(f"A better than {chr(65 + m)} in {(difference[1:, 0] > 0).mean():.1%} of the draws")
+        print(row(f"A - {letter}", difference))
+        print(f"A is better than {letter} in {(difference[1:, 0] > 0).mean():.1%} of the draws")
     return values
 
 
