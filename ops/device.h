@@ -100,6 +100,16 @@ inline __device__ float load(const void* data, int64_t i, ScalarType type) {
   }
 }
 
+// IoU > threshold >= 0, with a division only where that is nearly so: a quotient of floats above the
+// threshold means intersection >= threshold * union, for rounding keeps order.
+inline __device__ bool exceeds(Box a, Box b, float threshold) {
+  const float w = fminf(a.x2, b.x2) - fmaxf(a.x1, b.x1);
+  const float h = fminf(a.y2, b.y2) - fmaxf(a.y1, b.y1);
+  const float area_a = area(a), area_b = area(b), inter = fmaxf(w, 0.0f) * fmaxf(h, 0.0f);
+  if (!(inter >= threshold * (area_a + area_b - inter))) return false;
+  return iou(a, area_a, b, area_b) > threshold;
+}
+
 // IoU of two boxes of a list, or 0 where their groups differ.
 inline __device__ float overlap(const Box* boxes, const int64_t* groups, int i, int j) {
   return groups[i] == groups[j] ? iou(boxes[i], area(boxes[i]), boxes[j], area(boxes[j])) : 0;
