@@ -39,6 +39,7 @@ class Loop(NamedTuple):
     item: str  # the opcode that stands for one item of its work
     times: float  # items of a thread
     of: float = 1.0  # items that one such instruction handles
+    share: float = 1.0  # how much of the loop's body a warp walks through, for branches jump over some
 
 
 class Work(NamedTuple):
@@ -71,10 +72,10 @@ WORK = {
     ),
     "match_kernel": Work(
         "batch 128, 7 boxes in the slowest image", 128, 1024, rows_of(128) * 8 / 1e6,
-        (Loop("a.x1 < b.x2", "VOTE", 3 * 7 * 0.3),),
+        (Loop("a.x1 < b.x2", "VOTE", 3 * 7, 1 / 3, share=0.4),), straight=0.5,
     ),
     "colour_kernel<BFloat16>": Work(
-        "batch 128, every step on", 128 * 88, 256, 128 * 9e4 * 9 / 1e6, shared=1024 * 6,
+        "batch 128, every step on", 128 * 88, 256, 128 * 9e4 * 9 / 1e6, shared=1024 * 6, straight=0.55,
     ),
     "row_kernel<float>": Work(
         "batch 128", P, 128, rows_of(128) * (C * 4 + 16) / 1e6,
@@ -92,7 +93,7 @@ WORK = {
         f"{P} boxes", 137, 256, P * 8 * 137 / 1e6, (Loop("even += some[k] >= least", "LDS", P / 4, 4),)
     ),
     "tile_kernel": Work("4096 boxes: a panel", 64 * 65 // 2, 64, 64 * 65 // 2 * 64 * 8 / 1e6,
-                        (Loop("my_group", "LDS.128", 64),)),
+                        (Loop("my_group", "LDS.128", 64, share=0.35),)),
 }  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def estimate(code, work):
         cost = per_item(code, loop)
         if cost is None:
             return None
-        instructions += cost[0] * loop.times
+        instructions += cost[0] * loop.times * loop.share
     of_one = math.ceil(work.blocks / PROCESSORS) * work.threads / 32 / SCHEDULERS * instructions
     return 1e6 * of_one / CLOCK, 1e12 * work.megabytes / BYTES_PER_S, instructions
 
