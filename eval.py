@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import data
 import machine
-from metrics import Detections, coco_ap, report, summarise, voc_ap  # noqa: F401
+from metrics import Detections, coco_ap, summarise, voc_ap  # noqa: F401
+from metrics import results_text as report
 from ops.reference import decode
 from records import Record
 from scratchdet import ScratchDet, detect, load, make_priors
