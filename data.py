@@ -39,7 +39,7 @@ from torch import Tensor
 import ops
 from plumbing import sources
 from plumbing.cache import build_cache, cache_starts, memory_map
-from plumbing.files import BadData, Record, decode_pixels, open_record
+from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
 from plumbing.program import check_range, run_program
 from plumbing.workers import run_workers
@@ -446,11 +446,13 @@ def main(argv: list[str] | None = None) -> int:
         from plumbing import fetch
 
         return fetch.main(args.fetch, args.to)
+    sets = args.sets or sources.sets_there(args)
     if args.check:
         from plumbing import check
 
-        return check.check_data(args)
-    sets = args.sets or sources.list_sets(args)
+        found = Findings(collect=True)
+        read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
+        return check.check(read, found, args.workers)
     records, classes = sources.open_data(args, sets[:1])
     save_sheet(args.out, draw_batch(records, classes, args.seed, args.augment), columns=6)
     print(f"{args.out}: 24 of {len(records)} images, {len(classes)} classes, {args.augment}")

@@ -28,7 +28,7 @@ from torch import Tensor
 import data
 from experiments import baselines  # noqa: F401  the rivals' networks
 from metrics import Detections, results_text, summarise
-from ops.reference import normalise
+from data import normalise  # INTERIM
 from plumbing import machine, sources, submission
 from plumbing.files import Record, decode_pixels, open_record
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
@@ -227,16 +227,10 @@ def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> No
 
 def open_test_set(args: argparse.Namespace, checkpoint: dict, classes: Sequence[str]) -> list[Record]:
     """What to measure on: of the flags or else as train.py evaluated; completes `args` by it."""
-    saved = checkpoint.get("args") or {}
-    args.data = sources.kind_of(args, saved.get("data", "shapes"))
-    saved = saved if saved.get("data") == args.data else {}
-    root = f"{args.data}_root"
-    if getattr(args, root) is None:
-        setattr(args, root, saved.get(root))
-    first = None if args.eval_sets else saved.get("overfit") or None  # measured on those it learned
-    args.eval_sets = args.eval_sets or saved.get("eval_sets") or sources.SETS[args.data][1]
-    is_test = args.results if args.data == "coco" else args.comp4  # comes without annotations
-    records, _ = sources.open_data(args, args.eval_sets, tuple(classes), annotated=not is_test)
+    is_test = args.results if sources.kind_of(args) == "coco" else args.comp4
+    found, sets, first = sources.from_run(args, checkpoint.get("args") or {})
+    vars(args).update(vars(found), eval_sets=sets)
+    records, _ = sources.open_data(args, sets, tuple(classes), annotated=not is_test)
     return records[:first]
 
 

@@ -39,7 +39,7 @@ import ops
 from ops.reference import VARIANCES
 from plumbing.checkpoint import read_checkpoint
 from plumbing.network import check_config, check_maps, count_macs, ignored_options
-from records import VOC_CLASSES
+from plumbing.voc import VOC_CLASSES
 
 # Priors, one row per map: smallest and largest side in pixels, distance between two cells in pixels
 # (None: side of the image / side of the map), aspect ratios besides 1 (each also inverted).
