@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import hardware
+from plumbing.machine import hardware
 from metrics import COCO_NAMES, Detections, coco_ap, voc_ap
 from records import Record
 

@@ -16,23 +16,26 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import data
 import eval as evaluation
 from experiments.eval_bench import found, random_case
 from metrics import Detections, mean, voc_ap
+from plumbing.files import decode_pixels, open_record
+from plumbing.shapes import SHAPE_CLASSES, draw_shapes
+from plumbing.submission import write_comp4
+from plumbing.voc import VOC_CLASSES, read_voc
 from scratchdet import Config, ScratchDet, assign_targets, detect
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------- from images to numbers
 
-CLASSES = tuple(data.SHAPE_CLASSES)
+CLASSES = SHAPE_CLASSES
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """Root of a VOC tree with 12 test images of shapes."""
-    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=1, num_test=12)
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=1, num_test=12)
 
 
 @pytest.fixture(scope="module")

@@ -469,7 +469,8 @@ def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root,
     shutil.copy(whole_run / "last.pt", out)
     more = ["--voc-root", moved, "--classes", names, "--skip-nonfinite"]
     more += ["--drops", 0.45, 0.75, 0.95]
-    args, checkpoint = run_folder.resume(train.parse_args, run_flags(shapes_root, out, "--resume", *more))
+    flags = run_flags(shapes_root, out, "--resume", *more)
+    args, checkpoint = run_folder.resume(train.parse_args, flags)
     assert (args.voc_root, args.classes, args.skip_nonfinite) == (str(moved), str(names), True)
     assert checkpoint["step"] == 5
     args, _ = run_folder.resume(train.parse_args, ["--out", str(out), "--resume"])
