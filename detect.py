@@ -102,9 +102,9 @@ def in_words(row: dict, min_score: float) -> str:
     """dog 0.91, cat 0.55, 37 weaker"""
     words = [f"{d['label']} {d['score']:.2f}" for d in row["detections"]]
     good = sum(d["score"] >= min_score for d in row["detections"])  # the best come first
-    text = ", ".join(words[:good])
     if not good:
-        text = f"nothing above {min_score:g} (best guess {words[0]})" if words else "nothing"
+        return f"nothing above {min_score:g} (best guess {words[0]})" if words else "nothing"
+    text = ", ".join(words[: min(good, 8)]) + (f" and {good - 8} more" if good > 8 else "")
     return text + (f", {len(words) - good} weaker" if len(words) > good else "")
 
 

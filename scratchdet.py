@@ -514,8 +514,7 @@ class ScratchDet(nn.Module):
                 nn.init.zeros_(conv.bias)
 
         sizes = self.map_sizes(config.size, config.size)
-        sides = getattr(self.features, "maps_300", MAPS_300)
-        check_maps(config, sizes, [(s, s) for s in sides])
+        check_maps(config, sizes, needed, getattr(self.features, "maps_300", MAPS_300))
         # a buffer moves to the GPU with the network; not saved, because the config says it all
         self.register_buffer("priors_cxcywh", make_priors(config, sizes), persistent=False)
 
@@ -542,10 +541,8 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
     checkpoint = read_checkpoint(path, device)
     try:
         values = dict(checkpoint["config"])
-        for name in ignored_options(
-            values, Config, TAKES
-        ):  # older versions accepted them without effect
-            del values[name]
+        for name in ignored_options(values, Config, TAKES):
+            del values[name]  # older versions accepted it, without effect
         model = ScratchDet(Config.from_dict(values))
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
     except Exception as e:  # whatever Python and torch say to plain data from anywhere

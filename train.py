@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import report
+from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import StopSignals, check_range, run_program
@@ -137,7 +137,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     if recipe == "budget" and not given.device.startswith("cuda"):
         settings = settings | ON_CPU
     if given.init and Path(given.init).exists():  # a resumed run may find it gone
-        settings = settings | read_checkpoint(given.init)["config"]
+        saved = read_checkpoint(given.init)["config"]  # its network is the default; classes is
+        settings = settings | {k: v for k, v in saved.items() if k != "classes"}  # a file's name
     parser.set_defaults(**(base | settings | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)
     check_args(args, given)
@@ -290,21 +291,23 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
     names = [field.name for field in fields(Config) if hasattr(args, field.name)]
     flags = {name: getattr(args, name) for name in names} | {"classes": classes}
     model = ScratchDet(Config.from_dict(start["config"] | flags))
-    same_classes = tuple(start["config"].get("classes", classes)) == classes
-    if checkpoint and not same_classes:
+    detects = tuple(start["config"].get("classes", classes))
+    if checkpoint and detects != classes:
         raise ValueError(
-            f"{args.out}/last.pt detects {start['config']['classes']}, the data has {classes}. "
+            f"{args.out}/last.pt detects {', '.join(detects)}, the data has {', '.join(classes)}. "
             "Resume with the data it was started with, or choose another --out"
         )
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    elif args.init:  # whatever fits; scores of other classes do not
-        own = model.state_dict()
-        fits = {key: value for key, value in start["model"].items()
+    elif args.init:  # whatever fits; the scores of other classes do not
+        own, saved = model.state_dict(), start.get("ema") or start["model"]
+        fits = {key: value for key, value in saved.items()
                 if key in own and value.shape == own[key].shape
-                and (same_classes or not key.startswith("head.conf"))}  # fmt: skip
+                and (detects == classes or not key.startswith("head.conf"))}  # fmt: skip
+        if not fits:
+            raise ValueError(f"--init {args.init}: none of its weights fits a {args.backbone}")
         model.load_state_dict(own | fits)
-        why = "" if same_classes else f"; it detects {', '.join(start['config']['classes'])}"
+        why = "" if detects == classes else f"; it detects {', '.join(detects)}"
         say(f"--init {args.init}: {len(fits)} of {len(own)} tensors, the others random{why}")
     return model
 

@@ -54,15 +54,18 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
     expect(odd, "stem", "(odd kernel, number of convolutions, stride), all above 0")
 
 
-def check_maps(config, sizes: list, expected: list) -> None:
-    """ValueError where the maps (H, W) of an image of config.size are not what the head needs."""
-    if len(sizes) < len(expected):
+def check_maps(config, sizes: list[tuple[int, int]], needed: int, sides_300: tuple) -> None:
+    """ValueError where the maps (H, W) of an image of config.size are not what the head needs:
+    as many as `needed`, and of a 300x300 image squares of `sides_300`."""
+    if len(sizes) < needed:
         raise ValueError(
             f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an image, "
-            f"not {len(expected)}. Choose a larger one: 300 is the paper's"
+            f"not {needed}. Choose a larger one: 300 is the paper's"
         )
-    if config.size == 300 and sizes != expected:
-        raise ValueError(f"{config.backbone} with stem {config.stem}: maps {sizes}, not {expected}")
+    if config.size == 300 and sizes != [(s, s) for s in sides_300]:
+        raise ValueError(
+            f"{config.backbone} with stem {config.stem}: maps {sizes}, not {sides_300}"
+        )
 
 
 def count_macs(model: nn.Module, size: int) -> int:

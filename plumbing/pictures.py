@@ -123,6 +123,7 @@ def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(np.ascontiguousarray(array))
     if not isinstance(image, Image.Image):
         raise ValueError(f"a picture of type {type(image).__name__}: expected PIL or NumPy")
+    image.load()  # decodes it, which fails here if it is cut
     return to_rgb(image)
 
 

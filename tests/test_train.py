@@ -173,7 +173,6 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
         ("--minutes 9 --iterations 5", "--minutes and --iterations"),
         ("--recipe budget --drops 0.5", "--drops: recipe budget falls on a line"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
-        ("--backbone vgg16 --stem 3 1 1", "--stem: vgg16 has its own"),
         ("--coco-root x --classes names.txt", "--classes names.txt: COCO's files"),
     ],
 )
@@ -394,8 +393,8 @@ class Dropping(nn.Module):
 
 
 def test_a_network_with_dropout_resumes_bit_for_bit(shapes_root, tmp_path, monkeypatch):
-    make_body = scratchdet.make_body
-    monkeypatch.setattr(scratchdet, "make_body", lambda config: Dropping(make_body(config)))
+    body = scratchdet.BODIES["resnet18"]
+    monkeypatch.setitem(scratchdet.BODIES, "resnet18", lambda config: Dropping(body(config)))
     more = ["--iterations", 3, "--width", 0.125, "--resume"]
     whole, resumed = (run_flags(shapes_root, tmp_path / name, *more) for name in ("a", "b"))
     train.main(whole)
