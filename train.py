@@ -67,7 +67,7 @@ RECIPES = {
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
 ON_CPU |= dict(save_every=500)
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
-LOGGED = ("loss", "loc", "conf", "positives", "grad_norm", "stop")  # of a step, see forward_backward
+LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backward
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -207,8 +207,8 @@ def forward_backward(
 ) -> tuple[dict[str, Tensor], list[int]]:  # fmt: skip
     """The gradients of one step -> ({name: scalar} of LOGGED, rows of `records` used).
 
-    "positives" is per image, "grad_norm" the L2 norm (Figure 1), "stop" the share of the ranks that
-    were told to stop. The loss of each micro-batch is divided by its own positives; then
+    "loc" and "conf" are the two losses, "positives" is per image, "grad_norm" the L2 norm (Figure
+    1), "stop" the share of the ranks that were told to stop. The loss of each micro-batch is divided by its own positives; then
     micro-batches are averaged, as are ranks (Caffe).
     """
     device, images, parts = model.priors_cxcywh.device, [], []
@@ -229,25 +229,26 @@ def forward_backward(
     loc, conf, positives = torch.stack(parts).sum(0) / args.accumulate
     gradients = [p.grad for p in model.parameters() if p.grad is not None]  # None: frozen
     norm = nn.utils.get_total_norm(gradients)
-    logged = torch.stack([loc + conf, loc, conf, positives, norm, norm.new_tensor(stopping)])
+    logged = torch.stack([loc, conf, positives, norm, norm.new_tensor(stopping)])
     if dist.is_initialized():
         dist.all_reduce(logged)
         logged /= dist.get_world_size()
     return dict(zip(LOGGED, logged, strict=True)), images
 
 
-def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> None:
-    """One step of SGD at the learning rate of `step`; clears the gradients.
+def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> Tensor:
+    """One step of SGD at the learning rate of `step`; clears the gradients. -> whether it counted.
 
     A step whose loss or gradient is not finite changes nothing. The device decides that by itself
     (`found_inf` of torch's fused optimizers), so the host need not wait for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args) * group["lr_factor"]
-    finite = (logged["loss"] + logged["grad_norm"]).isfinite()
+    finite = (logged["loc"] + logged["conf"] + logged["grad_norm"]).isfinite()
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return finite
 
 
 # ------------------------------------------------------------------------------ the run
@@ -378,7 +379,7 @@ def main(argv: list[str] | None = None) -> dict:
         def trial() -> Tensor:
             logged, _ = forward_backward(network, model, batches, args)
             update(optimizer, 0, logged, args)
-            return logged["loss"]
+            return logged["loc"]
 
         at_least = 3 * (args.minutes or 0)
         seconds = plan.seconds_per_step(trial, (model, optimizer), at_least) * micro / probe
@@ -395,9 +396,9 @@ def main(argv: list[str] | None = None) -> dict:
             torch.manual_seed(hash((args.seed, step, rank)))  # of dropout and such, if there is any
             statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
             logged, rows = forward_backward(network, model, batches, args, stop.number > 0)
-            update(optimizer, step, logged, args)
+            finite = update(optimizer, step, logged, args)
             for buffer, before in zip(model.buffers(), statistics, strict=False):
-                buffer.copy_(buffer.where(logged["loss"].isfinite(), before))
+                buffer.copy_(buffer.where(finite, before))
             log.write(step, logged, learning_rate(step, args), [train[i].name for i in rows])
             last = step + 1 == args.iterations
             if last or (step + 1) % args.save_every == 0 or (stop.number and world == 1):

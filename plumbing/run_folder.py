@@ -184,8 +184,9 @@ class RunLog:
         rate = self.args.batch_size * (self.pending[-1][0] + 1 - self.first)
         rate /= time.perf_counter() - self.begin
         for (step, _, lr, images), row in zip(self.pending, rows, strict=True):
-            line = {"step": step, **dict(zip(names, row, strict=True)), "lr": lr}
-            self.stopping |= line.pop("stop") > 0
+            values = dict(zip(names, row, strict=True))
+            self.stopping |= values.pop("stop") > 0
+            line = {"step": step, "loss": values["loc"] + values["conf"], **values, "lr": lr}
             line["images_per_s"] = round(rate, 2)
             if not all(map(math.isfinite, line.values())):
                 self.skipped += 1
