@@ -326,86 +326,14 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     return Batch(*(x.to(device, non_blocking=True) for x in batch))
 
 
-def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V = max and V - min over the channels: (N, 3, H, W) -> (N, H, W) each."""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    return value, value - torch.minimum(torch.minimum(r, g), b)
-
-
-def distort(images: Tensor, colour: Tensor) -> Tensor:
-    """SSD's colour steps: (N, 3, H, W) float RGB with whole values 0..255, (N, 5) -> the same.
-
-    Brightness, contrast, saturation, hue; or with order 1 contrast last. Each step ends in whole
-    values 0..255, as Caffe's 8-bit images do. Saturation and hue act in HSV: S is clamped at its
-    maximum, H (180 to the circle) at 0, and wraps above 180. Not reproduced: the rounding of H and
-    S themselves to 8 bits. Same arithmetic for any N and on any device.
-    """
-    order, brightness, contrast, saturation, hue = colour.float()[:, :, None, None].unbind(1)
-    last = contrast.where(order > 0, 1.0)
-    first = contrast.where(order == 0, 1.0)
-    x = images
-
-    def used(values: Tensor, nothing: float) -> bool:  # on a GPU asking would cost a sync
-        return values.is_cuda or bool((values != nothing).any())
-
-    if used(brightness, 0.0):
-        x = (x + brightness[:, None]).round_().clamp_(0, 255)
-    if used(first, 1.0):
-        x = (x * first[:, None]).round_().clamp_(0, 255)
-    if used(saturation, 1.0):
-        value, chroma = value_and_chroma(x)
-        factor = torch.minimum(saturation, value / chroma.clamp(min=1.0))  # S <= its maximum
-        x = (value[:, None] - (value[:, None] - x) * factor[:, None]).round_()
-    if used(hue, 0.0):
-        value, chroma = value_and_chroma(x)
-        r, g, b = x.unbind(1)  # (N, H, W)
-        safe = chroma.clamp(min=1.0)
-        h = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
-        h = torch.where(value == r, (g - b) / safe, h)  # sixths of the circle
-        h = torch.where(h < 0, h + 6, h)
-        h = (h + hue / 30).clamp_(min=0)
-        h = torch.where(h >= 6, h - 6, h)
-        lowest = value - chroma
-        x = torch.stack([(h - 3).abs_() - 1, 2 - (h - 2).abs_(), 2 - (h - 4).abs_()], dim=1)
-        x = x.clamp_(0, 1).mul_(chroma[:, None]).add_(lowest[:, None]).round_()
-    if used(last, 1.0):
-        x = (x * last[:, None]).round_().clamp_(0, 255)
-    return x
-
-
-@functools.lru_cache(maxsize=8)
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1); kept, because copying it to a GPU for each batch would wait for the GPU."""
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def normalise(images: Tensor, config) -> Tensor:
-    """RGB (N, 3, H, W), 0..255 -> float32, (x - mean) / std, in the order of `config.channels`."""
-    mean = per_channel(tuple(config.mean), images.device)
-    std = per_channel(tuple(config.std), images.device)
-    x = (images.float() - mean) / std
-    return x if config.channels == "rgb" else x.flip(1)
-
-
 def prepare(batch: Batch, config) -> Tensor:
     """What the network sees: (N, 3, S, S) float32, channels_last, on the device of the batch.
 
-    Colour and mean; outside the image the mean, which is 0 then.
+    Colour augmentation, (x - mean) / std, order of the channels; 0 beside the image: the mean.
     """
-    images = batch.images
-    if images.is_cuda:
-        pixel = torch.arange(images.shape[-1], device=images.device)  # (S,)
-        x0, y0, x1, y1 = batch.inside[:, :, None].unbind(1)  # (N, 1) each
-        columns, rows = (pixel >= x0) & (pixel < x1), (pixel >= y0) & (pixel < y1)  # (N, S)
-        covered = rows[:, None, :, None] & columns[:, None, None, :]  # (N, 1, S, S)
-        x = normalise(distort(images.float(), batch.colour), config).where(covered, 0.0)
-        return x.contiguous(memory_format=torch.channels_last)
-    out = torch.zeros_like(images, dtype=torch.float32, memory_format=torch.channels_last)
-    for n, (x0, y0, x1, y1) in enumerate(batch.inside.tolist()):  # one image stays in the cache
-        part = slice(n, n + 1), slice(None), slice(y0, y1), slice(x0, x1)
-        out[part] = normalise(distort(images[part].float(), batch.colour[n : n + 1]), config)
-    return out
+    return ops.colour(
+        batch.images, batch.inside, batch.colour, config.mean, config.std, config.channels
+    )
 
 
 # ------------------------------------------------------------------------------ command line

@@ -28,7 +28,7 @@ from torch import Tensor
 import data
 from experiments import baselines  # noqa: F401  the rivals' networks
 from metrics import Detections, results_text, summarise
-from data import normalise  # INTERIM
+from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.files import Record, decode_pixels, open_record
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
@@ -189,7 +189,7 @@ def detect_image(
         side = round(config.size * scale)
         sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
         x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
-        x = normalise(x.to(device), config)
+        x = normalise(x.to(device), config.mean, config.std, config.channels)
         x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
         maps = model.features(x)
         priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import normalise  # INTERIM
-from ops.reference import decode
+from ops.reference import decode, normalise
 
 
 class Exported(nn.Module):
@@ -18,7 +17,8 @@ class Exported(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        loc, logits = self.model(normalise(pixels, self.model.config))
+        config = self.model.config
+        loc, logits = self.model(normalise(pixels, config.mean, config.std, config.channels))
         return decode(loc, self.model.priors_cxcywh), logits.softmax(dim=-1)
 
 
@@ -28,9 +28,9 @@ def export(model: nn.Module, path: str | Path) -> None:
     `torch.export.load(path, extra_files=extra)` reads it without this code; extra["classes.json"]
     holds the class names, background first. NMS is left to the caller.
     """
-    size = model.config.size
+    config, size = model.config, model.config.size
     pixels = torch.zeros(2, 3, size, size, device=model.priors_cxcywh.device)
-    normalise(pixels, model.config)  # keeps its constants: not to be made while tracing
+    normalise(pixels, config.mean, config.std, config.channels)  # makes its constants, untraced
     shapes = {"pixels": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(Exported(model).eval(), (pixels,), dynamic_shapes=shapes)
     classes = json.dumps(["background", *model.config.classes])

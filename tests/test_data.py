@@ -17,16 +17,19 @@ import data
 from data import (
     batches,
     crop,
-    distort,
     expand,
     flip,
     ordered_batches,
     prepare,
-    project,
+    place_boxes,
     render,
     snap,
 )
-from shapes import draw_image, outline
+from ops.reference import jitter_colour
+from plumbing import cache as image_cache
+from plumbing.files import Record
+from plumbing.shapes import SHAPE_CLASSES, draw_image, draw_shapes, outline
+from plumbing.voc import read_voc
 
 CONFIG = SimpleNamespace(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0), channels="rgb")
 WHOLE = [0.0, 0.0, 1.0, 1.0]
@@ -34,12 +37,12 @@ WHOLE = [0.0, 0.0, 1.0, 1.0]
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory):
-    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=14, num_test=3)
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=14, num_test=3)
 
 
 @pytest.fixture(scope="session")
 def records(shapes_root):
-    return data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)[0]
+    return read_voc(shapes_root, ["2007:train"], SHAPE_CLASSES)[0]
 
 
 def record_of(path, boxes, size=None, labels=None, difficult=None):
@@ -47,7 +50,7 @@ def record_of(path, boxes, size=None, labels=None, difficult=None):
     labels = np.ones(len(boxes), np.int64) if labels is None else np.array(labels)
     difficult = np.zeros(len(boxes), bool) if difficult is None else np.array(difficult)
     size = size or Image.open(path).size
-    return data.Record(Path(path).stem, Path(path), size, boxes, labels, difficult, np.zeros(0))
+    return Record(Path(path).stem, Path(path), size, boxes, labels, difficult, np.zeros(0))
 
 
 def same(a, b):
@@ -229,74 +232,9 @@ def test_snap_rounds_to_the_nearest_pixels():
 # ---- colour
 
 
-def slow_distort(pixel, order, brightness, contrast, saturation, hue):
-    """The colour steps on one RGB pixel with the standard library's HSV."""
-
-    def whole(values):
-        return [min(255, max(0, round(v))) for v in values]
-
-    def contrasted(p):
-        return whole([v * contrast for v in p])
-
-    p = whole([v + brightness for v in pixel])
-    if not order:
-        p = contrasted(p)
-    h, s, v = colorsys.rgb_to_hsv(*p)
-    p = whole(colorsys.hsv_to_rgb(h, min(1.0, s * saturation), v))
-    h, s, v = colorsys.rgb_to_hsv(*p)
-    p = whole(colorsys.hsv_to_rgb(max(0.0, h + hue / 180), s, v))
-    return contrasted(p) if order else p
-
-
-def test_distort_equals_the_slow_version():
-    rng = np.random.default_rng(6)
-    pixels = rng.integers(0, 256, (60, 3))
-    pixels[:4] = [[0, 0, 0], [255, 255, 255], [7, 7, 7], [200, 10, 10]]
-    images = torch.from_numpy(pixels.T.copy()).float().reshape(1, 3, 6, 10)
-    worst = 0
-    for _ in range(40):
-        colour = data.draw_colour(rng)
-        got = distort(images, torch.tensor([colour]))[0].reshape(3, -1).T.numpy()
-        want = np.array([slow_distort(p, *colour) for p in pixels.tolist()])
-        worst = max(worst, np.abs(got - want).max())
-        assert np.mean(got != want) < 0.01  # a half rounds either way
-    assert worst <= 1
-
-
-def test_distort_is_the_same_alone_and_in_a_batch_and_nothing_changes_nothing():
-    rng = np.random.default_rng(7)
-    images = torch.from_numpy(rng.integers(0, 256, (6, 3, 20, 20))).float()
-    colour = torch.tensor([data.draw_colour(rng) for _ in range(5)] + [(0.0, 0.0, 1.0, 1.0, 0.0)])
-    before = images.clone()
-    together = distort(images, colour)
-    alone = torch.cat([distort(images[n : n + 1], colour[n : n + 1]) for n in range(6)])
-    assert torch.equal(together, alone)
-    assert torch.equal(images, before)
-    assert torch.equal(together[5], images[5])
-    assert torch.equal(together, together.round())
-    assert together.min() >= 0
-    assert together.max() <= 255
-
-
-def test_distort_against_opencv():
-    cv2 = pytest.importorskip("cv2", reason="opencv-python is not installed")
-    rng = np.random.default_rng(8)
-    image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    for saturation, hue in ((0.6, 0.0), (1.4, 0.0), (1.0, 12.0), (1.0, -15.0)):
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.float64)
-        hsv[..., 1] *= saturation
-        hsv[..., 0] += hue
-        want = cv2.cvtColor(hsv.round().clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        got = distort(x, torch.tensor([[0.0, 0.0, 1.0, saturation, hue]]))[0].permute(1, 2, 0)
-        apart = np.abs(got.numpy() - want)
-        assert np.median(apart) <= 1
-        assert np.percentile(apart, 99) <= 6  # OpenCV rounds hue to 2 degrees, S to 1/255
-
-
 def test_colour_parameters_are_drawn_as_often_and_as_far_as_specified():
     rng = np.random.default_rng(9)
-    c = np.array([data.draw_colour(rng) for _ in range(4000)])
+    c = np.array([data.sample_colour(rng) for _ in range(4000)])
     nothing = np.array([0, 0, 1, 1, 0])
     assert np.allclose((c != nothing).mean(axis=0), 0.5, atol=0.035)
     assert np.allclose(c.max(axis=0), [1, 32, 1.5, 1.5, 18], rtol=0.01)
@@ -371,7 +309,7 @@ def test_strengths_of_augmentation(records, augment, shrinks, crops, colours):
     widest = [max(np.diff(plain[0, i][3][:, ::2])) for i in (0, 1)]
     wider = [(np.diff(boxes[:, ::2]) > widest[i] + 0.05).any() for *_, boxes, _, i in samples]
     assert any(wider) == crops
-    assert any(colour != data.PLAIN for _, _, colour, *_ in samples) == colours
+    assert any(colour != data.NEUTRAL for _, _, colour, *_ in samples) == colours
     assert len({boxes.tobytes() for *_, boxes, _, i in samples if i == 0}) > 1
 
 
@@ -445,7 +383,7 @@ def test_a_bad_image_reaches_the_main_process_in_one_line(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     record = record_of(tmp_path / "a.jpg", [[1, 1, 5, 5]], size=(10, 10))
     for workers in (0, 1):
-        with pytest.raises(data.BadData, match="a.jpg: not an image that can be read") as caught:
+        with pytest.raises(BadData, match="a.jpg: not an image that can be read") as caught:
             next(batches([record], 32, batch_size=2, seed=0, workers=workers))
         assert "\n" not in str(caught.value)
 
@@ -593,7 +531,7 @@ def test_shapes_are_as_specified():
     assert overlapping / len(position) == pytest.approx(0.2, abs=0.06)
 
 
-@pytest.mark.parametrize("shape", data.SHAPE_CLASSES)
+@pytest.mark.parametrize("shape", SHAPE_CLASSES)
 def test_outlines_fill_their_box(shape):
     points = outline(shape)
     assert np.allclose(points.min(axis=0), 0)
@@ -601,14 +539,14 @@ def test_outlines_fill_their_box(shape):
 
 
 def test_shapes_are_drawn_once_and_the_same_for_a_seed(tmp_path, shapes_root, capsys):
-    again = data.draw_shapes(tmp_path, num_train=14, num_test=3)
+    again = draw_shapes(tmp_path, num_train=14, num_test=3)
     assert "drawing" in capsys.readouterr().err
     for path in shapes_root.rglob("*.*"):
         assert (again / path.relative_to(shapes_root)).read_bytes() == path.read_bytes()
-    assert data.draw_shapes(tmp_path, num_train=14, num_test=3) == again
+    assert draw_shapes(tmp_path, num_train=14, num_test=3) == again
     assert "drawing" not in capsys.readouterr().err
-    train, classes = data.read_voc(again, ["2007:train"])
-    test, _ = data.read_voc(again, ["2007:test"], classes)
-    assert classes == list(data.SHAPE_CLASSES)
+    train, classes = read_voc(again, ["2007:train"])
+    test, _ = read_voc(again, ["2007:test"], classes)
+    assert classes == list(SHAPE_CLASSES)
     assert (len(train), len(test)) == (14, 3)
     assert train[0].path.read_bytes() != test[0].path.read_bytes()

@@ -15,8 +15,7 @@ from test_eval import CLASSES, Oracle, narrow, write_checkpoint
 
 import detect
 import eval as evaluation
-from data import normalise
-from ops.reference import decode
+from ops.reference import decode, normalise
 from plumbing import pictures
 from plumbing.files import decode_pixels, open_record
 from plumbing.frames import split_jpegs
@@ -312,7 +311,8 @@ def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
     assert names == ["background", *CLASSES]
     model = narrow(classes=CLASSES)
     with torch.no_grad():
-        loc, logits = model(normalise(pixels, model.config))
+        config = model.config
+        loc, logits = model(normalise(pixels, config.mean, config.std, config.channels))
     torch.testing.assert_close(scores, logits.softmax(-1), atol=1e-5, rtol=1e-4)
     expected = decode(loc, model.priors_cxcywh)
     torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=1e-4)
