@@ -409,3 +409,11 @@ def read_coco(
         check_units(some, listing.path, found)
     found.say()
     return records, list(classes.values())
+
+
+def category_ids(root: str | Path, split: str) -> dict[str, int]:
+    """{class name: the id that the file gives it}, for results in COCO's own ids."""
+    found = Findings(collect=True)
+    listing = read_listing(find_listing(root, split, annotated=False)[0], found)
+    used = Counter(entry.category for entry in listing.entries)
+    return {name: category for category, name in classes_of(listing, used, found).items()}

@@ -374,7 +374,7 @@ def read_yolo(
     if annotated and not any(len(record.labels) for record in records):
         what = f"no objects at all in the {len(records)} images of {' '.join(sets)}"
         found.refuse(root, f"{what}; expected labels/NAME.txt for images/NAME.jpg")
-    stray = {key for key in label_files if not key.rpartition("/")[2].lower() in NO_LABELS}
+    stray = {key for key in label_files if key.rpartition("/")[2].lower() not in NO_LABELS}
     stray -= {f"{key.rpartition('.')[0]}.txt" for key in pictures}
     for key in sorted(stray):
         if "/" in key:  # at the top there are lists and notes
