@@ -104,8 +104,9 @@ def pieces_of(text: str, stop: str) -> Iterator[int]:
     quote, start = "", True
     for n, letter in enumerate(text):
         if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"" and start:
+            quote, start = ("", True) if letter == quote else (quote, False)  # '' is a quote, too
+            continue
+        if letter in "'\"" and start:
             quote = letter
         elif letter == stop:
             yield n
@@ -335,10 +336,12 @@ def read_yolo(
         for key, where in find_set(root, name, pictures, settings):
             if key not in pictures:
                 found.refuse(where, f"no image {key[:200]}", "missing image")
+            elif not in_part(pictures[key], part):
+                continue
             elif key in seen:
                 what = f"{key} is listed twice, first at {seen[key]}"
                 found.refuse(where, what, "image listed twice")
-            elif in_part(pictures[key], part):
+            else:
                 seen[key] = where
                 images.append(key)
     names, source = (list(classes), "--classes") if classes else names_of(root, settings, file)
