@@ -7,7 +7,6 @@ result.json + images/                                 Label Studio: the set is `
 labels.json + data/                                   fiftyone: the set is `labels`
 """
 
-import contextlib
 import json
 import math
 from collections import Counter
@@ -24,7 +23,9 @@ from plumbing.files import (
     Findings,
     Record,
     check_box,
+    check_size,
     check_units,
+    crosses,
     in_part,
     index_files,
     is_background,
@@ -67,8 +68,9 @@ class Listing(NamedTuple):
     categories: list[tuple[int, str, str]]  # id, name, supercategory; by id
     images: list[tuple]  # id, file name, width, height
     entries: list[Entry]
-    image_ids: set[int]  # all that the file has, also of images that are refused
-    category_ids: set[int]
+    image_ids: set[int] | None  # also of images that are refused; None: some cannot be read
+    category_ids: set[int] | None
+    total: int  # images, also those that are refused
 
 
 # ------------------------------------------------------------------------------ where things are
@@ -76,17 +78,17 @@ class Listing(NamedTuple):
 
 def listings(root: str | Path) -> dict[str, Path]:
     """{set: its JSON file} of all that are there, by the layouts above."""
-    root, there = Path(root), {}
+    root = Path(root)
     if not root.is_dir():
         return {}
-    for path in sorted(root.glob("*.json")):
-        there[path.stem] = path
-    for path in sorted(root.glob("*/*.json")):
-        if path.name == "_annotations.coco.json" or path.stem in ("labels", "annotations"):
-            there[path.parent.name] = path
-        elif path.parent.name.lower() in ("annotations", "annotation"):
-            there[path.stem.removeprefix("instances_")] = path
-    return {name: path for name, path in there.items() if not path.name.startswith(".")}
+    there = {path.stem: path for path in sorted(root.glob("*.json")) if path.name[0] != "."}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        files = [path for path in sorted(folder.glob("*.json")) if path.name[0] != "."]
+        if folder.name.lower() in ("annotations", "annotation"):
+            there |= {path.stem.removeprefix("instances_"): path for path in files}
+        elif len(files) == 1:
+            there[folder.name] = files[0]
+    return there
 
 
 def list_sets(root: str | Path) -> list[str]:
@@ -110,7 +112,7 @@ def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[
         near = listing.parent
         folders = [root / name, root / "images" / name, root / "images", root / "data"]
         folders += [near / "images", near / "data", near, root]
-        return listing, [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+        return listing, [f for f in dict.fromkeys(folders) if f == folders[0] or f.is_dir()]
     kind = "instances" if annotated else "image_info"
     message = f"no annotations/{kind}_{split}.json and {name}/ below it"
     message = message if root.is_dir() else "no such folder"
@@ -188,13 +190,12 @@ def read_listing(path: Path, found: Findings) -> Listing:
             found.refuse(f"{path} {kind}[{n}]", what, f"broken entry of {kind}")
         return good
 
-    def ids(kind: str) -> set[int]:
+    def ids(kind: str) -> set[int] | None:
         """Of all entries, also of those that are refused, so that what refers to them is not."""
-        known = set()
-        for entry in data[kind]:
-            with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-                known.add(whole(entry["id"]))
-        return known
+        try:
+            return {whole(entry["id"]) for entry in data[kind]}
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None
 
     categories = rows("categories", lambda c: (
         whole(c["id"]), one_form(str(c["name"])).strip(), str(c.get("supercategory")),
@@ -216,6 +217,7 @@ def read_listing(path: Path, found: Findings) -> Listing:
         ],
         ids("images"),
         ids("categories"),
+        len(data["images"]),
     )
 
 
@@ -227,6 +229,8 @@ def box_of(annotation: dict) -> object:
     if not isinstance(polygons, list) or not polygons:
         return annotation["bbox"]
     points = [p for polygon in polygons for p in polygon]
+    if len(points) < 6:
+        raise ValueError("neither a bbox nor a polygon")
     x, y = [number(p) for p in points[::2]], [number(p) for p in points[1::2]]
     return FromPolygons([min(x), min(y), max(x) - min(x), max(y) - min(y)])
 
@@ -327,14 +331,15 @@ def boxes_of(
     objects: dict[int, list[tuple]] = {image_id: [] for image_id in images}
     lost: dict[str, list[str]] = {}  # one cause, many boxes
     derived: Counter = Counter()
+    checked: set[int] = set()  # images whose size was compared with the file's
     for where, image_id, category, bbox, crowd, given in listing.entries:
         xywh = [number(v) for v in bbox] if isinstance(bbox, list) else []
         size = xywh[2] * xywh[3] if len(xywh) == 4 else math.nan
         area = size if given is None else number(given)
         crowd = 0 if crowd is None else number(crowd)
-        if image_id not in listing.image_ids:
+        if listing.image_ids is not None and image_id not in listing.image_ids:
             lost.setdefault(f"no image {image_id} in the file", []).append(where)
-        elif category not in listing.category_ids:
+        elif listing.category_ids is not None and category not in listing.category_ids:
             lost.setdefault(f"no category {category} in the file", []).append(where)
         elif image_id not in images or category not in labels:
             continue  # refused with its image or its category, or of another part
@@ -344,10 +349,18 @@ def boxes_of(
             found.refuse(where, what, "annotation that is not COCO's")
         else:
             x, y, w, h = xywh
-            if w == 0 or h == 0:
+            if (w == 0 or h == 0) and not math.isnan(x + y + w + h):
                 found.handle(where, "boxes without area, left out")
                 continue
-            box, (_, size) = [x, y, x + w, y + h], images[image_id]
+            box, (path, size) = [x, y, x + w, y + h], images[image_id]
+            if crosses(box, size) and image_id not in checked:
+                checked.add(image_id)
+                try:
+                    check_size(path, size, f"{listing.path} image {image_id}")
+                except BadData as error:
+                    found.refuse(error.where, error.what, error.kind)
+                    del objects[image_id], images[image_id]
+                    continue
             if check_box(box, size, f"{xywh}", where, found, bbox):
                 objects[image_id].append((*box, labels[category], crowd, area))
                 derived["bbox", "its polygons'"] += isinstance(bbox, FromPolygons)
@@ -397,7 +410,7 @@ def read_coco(
     for name, part, folders, listing in parts:
         some = to_records(listing, folders, part, labels, found)
         seems_empty = not any(len(record.labels) for record in some)
-        if annotated and seems_empty and (some or not listing.images):  # else it was said why
+        if annotated and seems_empty and (some or not listing.total):  # else it was said why
             found.refuse(listing.path, f"no objects at all in {len(some)} images")
         for record in some:
             if record.name in seen:
@@ -409,3 +422,11 @@ def read_coco(
         check_units(some, listing.path, found)
     found.say()
     return records, list(classes.values())
+
+
+def category_ids(root: str | Path, split: str) -> dict[str, int]:
+    """{class name: the id that the file gives it}, for results in COCO's own ids."""
+    found = Findings(collect=True)
+    listing = read_listing(find_listing(root, split, annotated=False)[0], found)
+    used = Counter(entry.category for entry in listing.entries)
+    return {name: category for category, name in classes_of(listing, used, found).items()}

@@ -150,13 +150,18 @@ def read_bytes(path: Path) -> bytes:
         raise BadData(path, f"cannot be read ({error.strerror})") from None
 
 
-def read_lines(path: str | Path) -> list[tuple[str, str]]:
-    """[(line, FILE:LINE), ...] of a text file, stripped, without empty lines."""
+def read_text(path: str | Path) -> str:
+    """The content of a text file."""
     try:
-        lines = read_bytes(Path(path)).decode("utf-8-sig").splitlines()
+        return read_bytes(Path(path)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadData(path, f"not UTF-8 text ({error})") from None
-    return [(line.strip(), f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_lines(path: str | Path) -> list[tuple[str, str]]:
+    """[(line, FILE:LINE), ...] of a text file, stripped, without empty lines."""
+    lines = ((line.strip(), n) for n, line in enumerate(read_text(path).splitlines(), 1))
+    return [(line, f"{path}:{n}") for line, n in lines if line]
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -207,7 +212,7 @@ def index_files(
 
     The keys have one spelling in any locale. Hidden files and folders are not listed, such as a
     Mac's "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"):
-    the first of them is left out of the key, so that a picture and its labels have the same key.
+    they are left out of the keys, so that a picture and its labels have the same one.
     """
     files = []
     top = str(folder)
@@ -217,10 +222,7 @@ def index_files(
         folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
         if len(parts) >= MAX_FOLDERS:
             folders.clear()
-        role = next((n for n, part in enumerate(parts) if part.casefold() in roles), None)
-        if role is not None:
-            del parts[role]
-        start = "".join(f"{part}/" for part in parts)
+        start = "".join(f"{part}/" for part in parts if part.casefold() not in roles)
         files += [
             (start + on_disk(name), Path(place, name))
             for name in names
@@ -229,18 +231,32 @@ def index_files(
     return dict(sorted(files))
 
 
+def index_tree(
+    tree: Path, suffixes: str | tuple[str, ...], own: tuple[str, ...], others: tuple[str, ...]
+) -> dict[str, Path]:
+    """`index_files` of the folders of `tree` whose names are in `own`, such as images/ for
+    pictures; of all of it where there are none. `others` are the names for other files."""
+    folders = [path for path in tree.iterdir() if path.is_dir()] if tree.is_dir() else []
+    index: dict[str, Path] = {}
+    for top in sorted(path for path in folders if path.name.casefold() in own) or [tree]:
+        index |= index_files(top, suffixes, own + others)
+    return index
+
+
 def on_disk(name: str) -> str:
     """`one_form` of a name from the disk, which Python reads with the locale: in C as bytes."""
     return one_form(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
-def spellings(name: str) -> Iterator[str]:
+def spellings(name: str, roles: tuple[str, ...] = ()) -> Iterator[str]:
     """The keys of `index_files` under which a name from a file may be found, the likeliest first:
-    as it is; with slashes for backslashes; without "./"."""
+    as it is; with slashes for backslashes; without "./" and the folders that are roles."""
     name = one_form(name)
     yield name
     yield name.replace("\\", "/")
-    yield re.sub(r"^(\./+)+|(?<=/)/+", "", name.replace("\\", "/"))
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    *folders, last = parts or [""]
+    yield "".join(f"{part}/" for part in folders if part.casefold() not in roles) + last
 
 
 def split_of(name: str) -> tuple[str, str]:
@@ -308,10 +324,23 @@ def check_box(
         what = f"{name}: box {box} lies outside the {w}x{h} image"
         found.refuse(where, what, "box outside its image")
     else:
-        if max(-x0, -y0, x1 - w, y1 - h) > 1:
+        if crosses(box, size):
             found.handle(where, "boxes more than a pixel over the border, clipped for training")
         return True
     return False
+
+
+def crosses(box: list[float], size: tuple) -> bool:
+    """Whether a box crosses the border of the image by more than a pixel, or lies outside."""
+    return max(-box[0], -box[1], box[2] - size[0], box[3] - size[1]) > 1
+
+
+def check_size(path: Path, size: tuple, where: object) -> None:
+    """Refuses a picture whose size is not the annotation's. It is asked where a box crosses the
+    border: then that is the cause, and said once, not for every box."""
+    if (true := open_image(path).size) != size:
+        what = "the image {} is {}x{}, its annotation says {}x{}".format(path, *true, *size)
+        raise BadData(where, what, "another size than the image's")
 
 
 def check_units(records: list[Record], where: object, found: Findings) -> None:

@@ -14,6 +14,7 @@ Other tools write the same XML into other folders. All of these are read, too:
 `<filename>`, `<path>` and `<folder>` are not used: they are of the disk of whoever drew the boxes.
 """
 
+import glob
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ from plumbing.files import (
     Findings,
     Record,
     check_box,
+    check_size,
     check_units,
+    crosses,
     in_part,
-    index_files,
+    index_tree,
     is_background,
     note_similar,
     number,
@@ -141,9 +144,12 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         found.note(xml, "no objects")
     rows = []
     for entry in objects:
-        name, where = entry.get("name"), entry["where"]
-        given = [entry.get(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
-        box = [number(text) for text in given]
+        entry["given"] = [entry.get(f"bndbox/{s}") for s in ("xmin", "ymin", "xmax", "ymax")]
+        entry["box"] = [number(text) for text in entry["given"]]
+    if any(crosses(entry["box"], size) for entry in objects):
+        check_size(image, size, xml)
+    for entry in objects:
+        name, where, given, box = (entry.get(key) for key in ("name", "where", "given", "box"))
         difficult = entry.get("difficult", "0").lower()
         if name is None:
             found.refuse(where, "an object without a name", "object without a name")
@@ -167,17 +173,15 @@ DIFFICULT = {"0": False, "1": True, "false": False, "true": True, "unspecified":
 # ------------------------------------------------------------------------------ sets of a tree
 
 
-def index_tree(tree: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """({"000005.jpg": path, ...}, {"000005.xml": path, ...}): all pictures and annotations."""
-    folders = [path for path in tree.iterdir() if path.is_dir()] if tree.is_dir() else []
-    indices = []
-    for suffixes, roles in ((SUFFIXES, IMAGE_FOLDERS), (".xml", XML_FOLDERS)):
-        tops = [path for path in folders if path.name.casefold() in roles] or [tree]
-        index: dict[str, Path] = {}
-        for top in sorted(tops):
-            index |= index_files(top, suffixes, roles)
-        indices.append(index)
-    return indices[0], indices[1]
+def pictures_of(tree: Path) -> dict[str, Path]:
+    """{"000005.jpg": path, ...}"""
+    return index_tree(tree, SUFFIXES, IMAGE_FOLDERS, XML_FOLDERS)
+
+
+def annotations_of(tree: Path) -> dict[str, Path]:
+    """{"000005": path, ...}"""
+    index = index_tree(tree, ".xml", XML_FOLDERS, IMAGE_FOLDERS)
+    return {key[:-4]: path for key, path in index.items()}
 
 
 def trees_of(root: Path, name: str) -> list[Path]:
@@ -197,15 +201,17 @@ def list_sets(root: str | Path) -> list[str]:
     root, sets = Path(root), []
     for tree in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))):
         year = "" if tree == root else re.sub(r"^VOC(?=\d+$)", "", tree.name) + ":"
-        for listing in sorted((tree / "ImageSets" / "Main").glob("*.txt")):
-            first = b""
-            if re.search("_(train|val|trainval|test)$", listing.stem) and listing.is_file():
+        lists = sorted((tree / "ImageSets" / "Main").glob("*.txt"))
+        for listing in lists:
+            first, (_, _, end) = b"", listing.stem.rpartition("_")
+            ends = ("train", "val", "trainval", "test", *(other.stem for other in lists))
+            if end != listing.stem and end in ends and listing.is_file():
                 with open(listing, "rb") as file:
                     first = file.readline(4096)
             if not re.search(rb"\s(-1|0|1)\s*$", first):
                 sets.append(year + listing.stem)
     if not sets and root.is_dir():
-        keys = index_tree(root)[1]
+        keys = annotations_of(root)
         sets = sorted({key.partition("/")[0] for key in keys if "/" in key}) or ["all"] * bool(keys)
     return sets
 
@@ -221,7 +227,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
             if listing.is_file():
                 return tree, listing
     for tree in filter(Path.is_dir, trees_of(root, name)):
-        keys = index_tree(tree)[1]
+        keys = annotations_of(tree)
         if split == "all" and keys:
             return tree, tree
         if any(key.startswith(f"{one_form(split)}/") for key in keys):
@@ -234,7 +240,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
     message += ", or the one above it." if folder else ", Annotations/ and JPEGImages/."
     there = list_sets(root)
     if there == ["all"]:
-        count = len(index_tree(root)[1])
+        count = len(annotations_of(root))
         message = (
             f"no lists there (ImageSets/Main/*.txt) that say what to train on, but {count} "
             "annotations. --train-sets all@train --eval-sets all@val trains on four fifths, chosen "
@@ -259,7 +265,7 @@ def names_in(
         raise BadData(listing, "lists no images")
     start = "" if listing == tree else f"{one_form(listing.relative_to(tree).as_posix())}/"
     if annotated:
-        return [(key[:-4], path) for key, path in xmls.items() if key.startswith(start)]
+        return [(key, path) for key, path in xmls.items() if key.startswith(start)]
     names = {key.rpartition(".")[0]: path for key, path in pictures.items()}
     return [(name, path) for name, path in names.items() if name.startswith(start)]
 
@@ -307,7 +313,7 @@ def read_set(
     """[(image id, path, size, rows), ...] of one set; `seen`: where each image was listed."""
     name, part = split_of(name)
     tree, listing = find_set(root, name)
-    pictures, xmls = index_tree(tree)
+    pictures, xmls = pictures_of(tree), annotations_of(tree)
     if not pictures:
         raise BadData(tree / "JPEGImages", "no pictures there; expected the images of the set")
     by_id = {key.rpartition(".")[0]: path for key, path in pictures.items()}
@@ -319,14 +325,15 @@ def read_set(
             image_id, path = find_image(line, where, pictures, by_id)
             if part and path and not in_part(path, part):
                 continue
-            xml = next((xmls[key] for key in (f"{image_id}.xml", f"{image_id}.XML") if key in xmls),
-                       tree / "Annotations" / f"{image_id}.xml")  # fmt: skip
+            xml = xmls.get(image_id, tree / "Annotations" / f"{image_id}.xml")
             if xml in seen:
                 what = f"{image_id} is listed twice, first at {seen[xml]}"
                 raise BadData(where, what, "image listed twice")
             seen[xml] = where
             if path is None:
-                what = f"no image {tree / 'JPEGImages' / image_id}.jpg"
+                expected = tree / "JPEGImages" / f"{image_id}.jpg"
+                other = next(expected.parent.glob(f"{glob.escape(expected.stem)}.*"), None)
+                what = f"no image {expected}" + (f", but {other.name}" if other else "")
                 raise BadData(where, what, "missing image")
             if xml.is_file():
                 images.append((image_id, path, *read_annotation(xml, path, found)))
@@ -355,8 +362,9 @@ def find_image(
     if not stays_inside(line):
         what = f"image id {line[:60]!r} leaves its folder"
         raise BadData(where, what, "name that leaves its folder")
-    for text in (line, re.sub(r"\s+(-1|0|1)$", "", line)):
-        for key in spellings(text):
+    without_number = re.sub(r"\s+(-1|0|1)$", "", line)
+    for text in (line, without_number, without_number.strip('"')):
+        for key in spellings(text, IMAGE_FOLDERS + XML_FOLDERS):
             if key in by_id:
                 return key, by_id[key]
             if key in pictures:  # of a.jpg and a.png the one that is named

@@ -15,9 +15,9 @@ An image whose label file is empty or missing has no objects; missing ones are c
 An image that its EXIF turns is refused: some tools measure the stored picture, some the turned one.
 """
 
-import re
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,109 +30,126 @@ from plumbing.files import (
     check_box,
     exif_orientation,
     in_part,
-    index_files,
+    index_tree,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
     read_lines,
+    read_text,
     spellings,
     split_of,
+    stays_inside,
     suggest,
 )
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations")
-NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
-NO_LABELS = ("classes.txt", "labels.txt", "predefined_classes.txt", "readme.txt",
-             "readme.roboflow.txt", "readme.dataset.txt", "notes.txt")  # fmt: skip
+NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "darknet.labels", "labels.txt")
+NO_LABELS = ("classes.txt", "labels.txt", "readme.txt", "notes.txt")
 
 # ------------------------------------------------------------------------------ data.yaml
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """The keys of a data.yaml: text, a list of texts, or for names as a mapping {0: name}.
+    """The keys of a data.yaml: each a text, a list of texts, or a mapping such as {"0": "bolt"}.
 
-    Reads what the YOLO tools write, not all of YAML: `key: value`, lists and mappings in brackets
-    or on lines of their own.
+    Reads what the YOLO tools write, not all of YAML: `key: value`, and lists and mappings in
+    brackets or on lines of their own. Each character is looked at once, whatever the file holds.
     """
-    lines = [
-        (text, where)
-        for text, where in raw_lines(path)
-        if text.strip() and not text.lstrip().startswith("#") and text.strip() != "---"
-    ]
+    lines = []
+    for n, line in enumerate(read_text(path).splitlines(), 1):
+        text = without_comment(line.rstrip())
+        if text.strip() and text != "---":
+            lines.append((text, f"{path}:{n}"))
     values: dict[str, object] = {}
     n = 0
     while n < len(lines):
         text, where = lines[n]
         n += 1
-        match = re.match(r"([\w-]+|'[^']*'|\"[^\"]*\")\s*:(?:\s+(.*))?$", text)
-        if not match:
+        key, colon, value = text.partition(":")
+        key, value = unquoted(key), value.strip()
+        if not colon or text[0] in " \t-" or not key:
             raise BadData(where, f"expected `key: value`; got {text.strip()[:60]!r}")
-        key, value = unquoted(match[1]), without_comment(match[2] or "")
-        if value[:1] in ("[", "{"):
-            closing = {"[": "]", "{": "}"}[value[0]]
-            while not value.endswith(closing) and n < len(lines):
-                value += " " + without_comment(lines[n][0].strip())
+        if value[:1] in ("[", "{") and value:
+            closing, pieces = {"[": "]", "{": "}"}[value[0]], [value]
+            while not pieces[-1].rstrip().endswith(closing) and n < len(lines):
+                pieces.append(lines[n][0].strip())
                 n += 1
-            if not value.endswith(closing):
+            if not pieces[-1].rstrip().endswith(closing):
                 raise BadData(where, f"{key}: no closing {closing}")
-            items = split_items(value[1:-1])
-            values[key] = items if closing == "]" else dict(map(pair_of(where), items))
+            items = split_items(" ".join(pieces).strip()[1:-1])
+            pairs = closing == "}"
+            values[key] = (
+                dict(pair(i, where) for i in items) if pairs else list(map(unquoted, items))
+            )
             continue
         block = []
         while n < len(lines) and (lines[n][0][0] in " \t" or lines[n][0].startswith("- ")):
-            block.append((without_comment(lines[n][0].strip()), lines[n][1]))
+            block.append((lines[n][0].strip(), lines[n][1]))
             n += 1
         if value:
-            values[key] = unquoted(value)  # what is indented below belongs to some other structure
+            values[key] = unquoted(value)  # what is indented below it is of no interest here
         elif block and block[0][0].startswith("-"):
-            values[key] = [unquoted(item.removeprefix("-").strip()) for item, _ in block]
+            values[key] = [unquoted(item.removeprefix("-")) for item, _ in block]
         elif block:
-            values[key] = dict(pair_of(at)(item) for item, at in block if ":" in item)
+            values[key] = dict(pair(item, at) for item, at in block if ":" in item)
     return values
 
 
-def raw_lines(path: Path) -> list[tuple[str, str]]:
-    """As `read_lines`, with the space at the start of each line."""
-    numbers = {where for _, where in read_lines(path)}
-    text = path.read_bytes().decode("utf-8-sig").splitlines()
-    places = ((line.rstrip(), f"{path}:{n}") for n, line in enumerate(text, 1))
-    return [(line, where) for line, where in places if where in numbers]
+def pieces_of(text: str, stop: str) -> Iterator[int]:
+    """Where `stop` stands in a line of YAML outside of quotes. A quote opens only at the start of a
+    value: "driver's" has none."""
+    quote, start = "", True
+    for n, letter in enumerate(text):
+        if quote:
+            quote, start = ("", True) if letter == quote else (quote, False)  # '' is a quote, too
+            continue
+        if letter in "'\"" and start:
+            quote = letter
+        elif letter == stop:
+            yield n
+        start = letter in "[{,:-" or (start and letter == " ")
 
 
 def without_comment(text: str) -> str:
-    """YAML's comment starts with a # after a space, outside of quotes."""
-    return re.match(r"((?:'[^']*'|\"[^\"]*\"|(?<!\s)#|[^'\"#]|['\"])*)", text)[1].strip()
+    """Without the # that follows a space, or starts the line, and what follows."""
+    for n in pieces_of(text, "#"):
+        if n == 0 or text[n - 1] in " \t":
+            return text[:n].rstrip()
+    return text
+
+
+def split_items(text: str) -> list[str]:
+    """ "a, 'b, c'" -> ["a", "'b, c'"]."""
+    cuts = [-1, *pieces_of(text, ","), len(text)]
+    items = [text[first + 1 : last].strip() for first, last in itertools.pairwise(cuts)]
+    return [item for item in items if item]
 
 
 def unquoted(text: str) -> str:
     text = text.strip()
-    if len(text) >= 2 and text[0] == text[-1] == "'":
-        return text[1:-1].replace("''", "'")
-    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] == '"' else text
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1].replace("''", "'") if text[0] == "'" else text[1:-1]
+    return text
 
 
-def split_items(text: str) -> list[str]:
-    """["a", "b, c"] of "a, 'b, c'": the items of a list in brackets, not yet unquoted in pairs."""
-    items = re.findall(r"\s*((?:'(?:[^']|'')*'|\"[^\"]*\"|[^,'\"]|(?<=\w)')+)\s*(?:,|$)", text)
-    return [
-        item if re.match(r"\w+\s*:", item) else unquoted(item) for item in items if item.strip()
-    ]
-
-
-def pair_of(where: str):
-    def pair(text: str) -> tuple[str, str]:
-        key, colon, value = text.partition(":")
-        if not colon:
-            raise BadData(where, f"expected `number: name`; got {text[:60]!r}")
-        return unquoted(key), unquoted(value)
-
-    return pair
+def pair(text: str, where: str) -> tuple[str, str]:
+    """ "0: bolt" -> ("0", "bolt")."""
+    key, colon, value = text.partition(":")
+    if not colon:
+        raise BadData(where, f"expected `number: name`; got {text[:60]!r}")
+    return unquoted(key), unquoted(value)
 
 
 # ------------------------------------------------------------------------------ what is there
+
+
+def folder_of(root: str | Path) -> Path:
+    """The root, also where its data.yaml was given."""
+    root = Path(root)
+    return root.parent if root.is_file() and root.suffix in (".yaml", ".yml") else root
 
 
 def settings_of(root: Path) -> tuple[dict[str, object], Path | None]:
@@ -164,19 +181,23 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
     raise BadData(f"--yolo-root {root}", f"{what}; expected the class names: --classes FILE")
 
 
-def index_tree(root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """({"train/a.jpg": path}, {"train/a.txt": path}): pictures, label files."""
-    pictures = index_files(root, SUFFIXES, IMAGE_FOLDERS)
-    labels = index_files(root, ".txt", LABEL_FOLDERS + IMAGE_FOLDERS)
-    return pictures, labels
+def pictures_of(root: Path) -> dict[str, Path]:
+    """{"train/a.jpg": path, ...}"""
+    return index_tree(root, SUFFIXES, IMAGE_FOLDERS, LABEL_FOLDERS)
+
+
+def labels_of(root: Path) -> dict[str, Path]:
+    """{"train/a": path, ...}; labels may lie beside the pictures."""
+    index = index_tree(root, ".txt", LABEL_FOLDERS + IMAGE_FOLDERS, ())
+    return {key[:-4]: path for key, path in index.items()}
 
 
 def list_sets(root: str | Path) -> list[str]:
     """Lists, else folders, else ["all"]; [] where there are no pictures."""
-    root = Path(root)
+    root = folder_of(root)
     if not root.is_dir():
         return []
-    pictures = index_tree(root)[0]
+    pictures = pictures_of(root)
     known = ("train", "val", "valid", "test", "trainval")
     lists = [name for name in known if (root / f"{name}.txt").is_file()]
     folders = sorted({key.partition("/")[0] for key in pictures if "/" in key})
@@ -202,6 +223,8 @@ def find_set(
         start = one_form(start).strip("/")
         return [(key, pictures[key]) for key in pictures if key.startswith(f"{start}/")]
 
+    if not stays_inside(name or "/"):
+        raise ValueError(f"set {name!r}: expected a name such as train")
     if (root / f"{name}.txt").is_file():
         return listed(root / f"{name}.txt")
     if some := folder(name):
@@ -241,15 +264,11 @@ def find_set(
 def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) -> str:
     """The picture that a line of a list means, which may be a path on another machine: the longest
     end of it that is a picture here. The path itself is never opened."""
-    text = next(iter(list(spellings(line))[2:]))
+    *_, text = spellings(line, IMAGE_FOLDERS)
     parts = text.split("/")
-    for n in range(len(parts)):
-        end = [part for part in parts[n:] if part != ".."]
-        for roles in (IMAGE_FOLDERS, ()):
-            role = next((i for i, part in enumerate(end[:-1]) if part.casefold() in roles), None)
-            key = "/".join(part for i, part in enumerate(end) if i != role)
-            if key in pictures:
-                return key
+    ends = ("/".join(parts[n:]) for n in range(len(parts)))
+    if (end := next((end for end in ends if end in pictures), None)) is not None:
+        return end
     same = by_tail.get(parts[-1], [])
     return same[0] if len(same) == 1 else text
 
@@ -286,10 +305,12 @@ def read_labels(
             continue
         if polygon:
             x, y = values[1::2], values[2::2]
-            box = [min(x) * w, min(y) * h, max(x) * w, max(y) * h]
+            corners = min(x), min(y), max(x), max(y)
         else:
             x, y, bw, bh = values[1:5]
-            box = [(x - bw / 2) * w, (y - bh / 2) * h, (x + bw / 2) * w, (y + bh / 2) * h]
+            corners = x - bw / 2, y - bh / 2, x + bw / 2, y + bh / 2
+        # a millionth of a pixel: whole pixels that became fractions are whole again
+        box = [round(c * side, 6) for c, side in zip(corners, (w, h, w, h), strict=True)]
         if check_box(box, size, names[number_], where, found, line):
             rows.append((number_, box))
     return rows
@@ -306,19 +327,21 @@ def read_yolo(
     names them where the data does not. Raises ValueError, naming file and line."""
     if isinstance(classes, str) or isinstance(sets, str) or not sets:
         raise ValueError(f"sets and classes are lists of names; got {sets!r}, {classes!r}")
-    root, found = Path(root), findings or Findings()
+    root, found = folder_of(root), findings or Findings()
     settings, file = settings_of(root)
-    pictures, label_files = index_tree(root)
+    pictures, label_files = pictures_of(root), labels_of(root)
     images, seen = [], {}
     for name in sets:
         name, part = split_of(name)
         for key, where in find_set(root, name, pictures, settings):
             if key not in pictures:
                 found.refuse(where, f"no image {key[:200]}", "missing image")
+            elif not in_part(pictures[key], part):
+                continue
             elif key in seen:
                 what = f"{key} is listed twice, first at {seen[key]}"
                 found.refuse(where, what, "image listed twice")
-            elif in_part(pictures[key], part):
+            else:
                 seen[key] = where
                 images.append(key)
     names, source = (list(classes), "--classes") if classes else names_of(root, settings, file)
@@ -330,7 +353,7 @@ def read_yolo(
     unknown: dict[str, list[str]] = {}
     rows = []
     for key in images:
-        path, labels = pictures[key], label_files.get(f"{key.rpartition('.')[0]}.txt")
+        path, labels = pictures[key], label_files.get(key.rpartition(".")[0])
         try:
             with open_image(path) as image:
                 size, turned = image.size, exif_orientation(image) in range(2, 9)
@@ -374,10 +397,9 @@ def read_yolo(
     if annotated and not any(len(record.labels) for record in records):
         what = f"no objects at all in the {len(records)} images of {' '.join(sets)}"
         found.refuse(root, f"{what}; expected labels/NAME.txt for images/NAME.jpg")
-    stray = {key for key in label_files if not key.rpartition("/")[2].lower() in NO_LABELS}
-    stray -= {f"{key.rpartition('.')[0]}.txt" for key in pictures}
-    for key in sorted(stray):
-        if "/" in key:  # at the top there are lists and notes
-            found.note(label_files[key], "a label file without a picture")
+    with_picture = {key.rpartition(".")[0] for key in pictures}
+    for key, path in label_files.items():
+        if "/" in key and key not in with_picture and path.name.lower() not in NO_LABELS:
+            found.note(path, "a label file without a picture")
     found.say()
     return records, [names[number_] for number_ in keep]
