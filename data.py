@@ -1,9 +1,9 @@
 """From annotated pictures to batches: SSD's augmentation, geometry first.
 
-    python data.py                                   writes sheet.png: drawn shapes, augmented, with boxes
-    python data.py --voc-root DIR --sets 2007:trainval                      the same for a VOC tree
-    python data.py --check --voc-root DIR            reads and decodes everything, lists what is wrong
-    python data.py --fetch voc2007 voc2012           downloads a data set
+    python data.py                           writes sheet.png: drawn shapes, augmented, with boxes
+    python data.py --voc-root DIR --sets 2007:trainval              the same for a VOC tree
+    python data.py --check --voc-root DIR    reads and decodes everything, lists what is wrong
+    python data.py --fetch voc2007 voc2012   downloads a data set
 
 This file follows an image to the network:
 

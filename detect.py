@@ -168,7 +168,9 @@ def detect_film(model, args: argparse.Namespace) -> int:
                 boxes, scores, labels = (x[found.scores >= args.min_score] for x in found)
                 draw_boxes(image, boxes, labels, scores, classes).save(film, "JPEG", quality=90)
     if not rows:
-        raise ValueError("-: no JPEG frame on standard input. ffmpeg -i FILM -f mjpeg - writes them")
+        raise ValueError(
+            "-: no JPEG frame on standard input. ffmpeg -i FILM -f mjpeg - writes them"
+        )
     rate = len(rows) / (time.perf_counter() - begin)
     print(f"{len(rows)} frames, {rate:.1f}/s" + (f", drawn: {args.draw}" if args.draw else ""))
     if args.json:
@@ -183,8 +185,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE|FOLDER", help="or - for JPEG frames on stdin")
-    add("--checkpoint", metavar="FILE",
-        help="of train.py; default: the photo detector of weights/, else the quick start's")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="of train.py; default: the photo detector of weights/, else the quick start's",
+    )
     add("--min-score", type=float, help="what counts as found; default: the checkpoint's threshold")
     add("--multi-scale", action="store_true", help="9 scales, mirrored: slower, finds more")
     add("--draw", metavar="DIR|FILE", help="write the pictures (or the film) with boxes")

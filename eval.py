@@ -30,6 +30,7 @@ from experiments import baselines  # noqa: F401  the rivals' networks
 from metrics import Detections, results_text, summarise
 from ops.reference import normalise
 from plumbing import machine, sources, submission
+from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
 from plumbing.program import Progress, check_range, run_program
@@ -225,11 +226,18 @@ def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> No
     save_sheet(path, pictures, columns=4)
 
 
-def open_test_set(args: argparse.Namespace, checkpoint: dict, classes: Sequence[str]) -> list[Record]:
+def open_test_set(
+    args: argparse.Namespace, checkpoint: dict, classes: Sequence[str]
+) -> list[Record]:
     """What to measure on: of the flags or else as train.py evaluated; completes `args` by it."""
     is_test = args.results if sources.kind_of(args) == "coco" else args.comp4
     found, sets, first = sources.from_run(args, checkpoint.get("args") or {})
     vars(args).update(vars(found), eval_sets=sets)
+    if args.comp4 and (args.data == "coco" or len(args.eval_sets) > 1):
+        raise ValueError(
+            f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
+            f"{args.data}, {' '.join(args.eval_sets)}"
+        )
     records, _ = sources.open_data(args, sets, tuple(classes), annotated=not is_test)
     return records[:first]
 
@@ -237,13 +245,18 @@ def open_test_set(args: argparse.Namespace, checkpoint: dict, classes: Sequence[
 def write_outputs(args, records: list[Record], found: list[Detections], classes) -> None:
     """The files that --results, --comp4 and --draw ask for."""
     if args.results:
-        ids = sources.category_ids(args, args.eval_sets[0], classes)
+        ids = range(1, len(classes) + 1)
+        if args.data == "coco":
+            official = category_ids(args.coco_root, args.eval_sets[0])
+            ids = [official.get(name) for name in classes]
         submission.write_results(args.results, records, found, ids)
         unlisted = [name for name, i in zip(classes, ids, strict=True) if i is None]
         without = f", without {', '.join(unlisted)}: not in {args.eval_sets[0]}" if unlisted else ""
         print(f"results: {args.results}{without}")
     if args.comp4:
-        year, split = sources.year_and_split(args, args.eval_sets[0])
+        year, _, split = args.eval_sets[0].rpartition(":")
+        year = year or Path(args.voc_root).absolute().name  # the tree itself was given
+        year = year.removeprefix("VOC")
         submission.write_comp4(args.comp4, records, found, classes, year, split)
         print(f"comp4 files: {args.comp4}")
     if args.draw:
@@ -318,11 +331,6 @@ def main(argv: list[str] | None = None) -> None:
     classes = model.config.classes
     records = open_test_set(args, checkpoint, classes)
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)
-    if args.comp4 and (args.data == "coco" or len(args.eval_sets) > 1):
-        raise ValueError(
-            f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
-            f"{args.data}, {' '.join(args.eval_sets)}"
-        )
     if args.json and not annotated:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
     if args.draw:

@@ -144,6 +144,9 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     check_args(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
+    for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
+        if getattr(args, root):  # so that eval.py finds it from any folder
+            setattr(args, root, str(Path(getattr(args, root)).absolute()))
     scale = args.batch_size / settings["batch_size"]  # the linear rule: same epochs
     args.lr = settings["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(settings["iterations"] / scale)
@@ -208,8 +211,8 @@ def forward_backward(
     """The gradients of one step -> ({name: scalar} of LOGGED, rows of `records` used).
 
     "loc" and "conf" are the two losses, "positives" is per image, "grad_norm" the L2 norm (Figure
-    1), "stop" the share of the ranks that were told to stop. The loss of each micro-batch is divided by its own positives; then
-    micro-batches are averaged, as are ranks (Caffe).
+    1), "stop" the share of the ranks that were told to stop. The loss of each micro-batch is
+    divided by its own positives; then micro-batches are averaged, as are ranks (Caffe).
     """
     device, images, parts = model.priors_cxcywh.device, [], []
     for i in range(args.accumulate):
@@ -272,10 +275,13 @@ def micro_batch(args: argparse.Namespace, world: int) -> int:
     return micro
 
 
-def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple]:
-    """Records to train on, records to evaluate, class names."""
-    train, classes = sources.open_data(args, args.train_sets)
-    test = train if args.overfit else sources.open_data(args, args.eval_sets, tuple(classes))[0]
+def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple, str]:
+    """Records to train on, records to evaluate, class names, and what --drop-bad left out."""
+    found = sources.Findings(drop=args.drop_bad)
+    train, classes = sources.open_data(args, args.train_sets, findings=found)
+    test = train
+    if not args.overfit:
+        test, _ = sources.open_data(args, args.eval_sets, classes, findings=found)
     if args.overfit:
         train = test = train[: args.overfit]
     if checkpoint and checkpoint.get("images", len(train)) != len(train):
@@ -283,7 +289,7 @@ def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, 
             f"{args.out} was started with {checkpoint['images']} training images, the data has "
             f"{len(train)}. Resume with the data it was started with, or choose another --out"
         )
-    return train, test, tuple(classes)
+    return train, test, classes, found.dropped_text()
 
 
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=print) -> ScratchDet:
@@ -342,7 +348,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape: find the fastest way once
 
-    train, test, classes = read_data(args, checkpoint)
+    train, test, classes, left_out = read_data(args, checkpoint)
     model = make_model(args, classes, checkpoint, say)
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
@@ -369,6 +375,8 @@ def main(argv: list[str] | None = None) -> dict:
     say(f"commit {about['commit']}, torch {about['torch']}, {where}, {world} process(es)")
     if lead:
         say((run_folder.start_folder(out) if not checkpoint else "") + ops.describe())
+        if left_out:
+            (out / "left_out.txt").write_text(left_out, encoding="utf-8", errors="backslashreplace")
     say(f"{summary(model)}\n{plan.about_data(train, test, classes)}")
     seconds = None
     if not checkpoint:

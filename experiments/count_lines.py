@@ -3,9 +3,9 @@
     python -m experiments.count_lines                 the lesson files, as a Markdown table
     python -m experiments.count_lines FILE [FILE ...]     any other Python files, in the same counts
 
-lines: all; code: without blank lines, comments and docstrings; words: comment and docstring lines per
-line of code; width: mean characters of a line of code; raise, if: statements (and conditional
-expressions); longest: the function with most lines, docstring included.
+lines: all; code: without blank lines, comments and docstrings; words/code: lines of comments and
+docstrings per line of code; width: mean characters of a line of code; raise, if: statements (and
+conditional expressions); longest: the function with most lines, docstring included.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def count(path: Path) -> Counts:
     docstrings: set[int] = set()
     functions = [(0, "-")]
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
+            node
+        ):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         if isinstance(node, ast.FunctionDef):
             functions.append((node.end_lineno - node.lineno + 1, node.name))
@@ -72,8 +74,8 @@ def table(files: dict[str, Path]) -> str:
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, c in rows.items():
         ratio, width = c.words / max(1, c.code), c.characters / max(1, c.code)
-        lines.append(f"| {name} | {c.lines:,} | {c.code:,} | {ratio:.2f} | {width:.0f} | {c.raises} "
-                     f"| {c.ifs} | `{c.where}` {c.longest} |")  # fmt: skip
+        cells = (name, f"{c.lines:,}", f"{c.code:,}", f"{ratio:.2f}", f"{width:.0f}", c.raises)
+        lines.append(f"| {' | '.join(map(str, cells))} | {c.ifs} | `{c.where}` {c.longest} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import ops
-from machine import hardware
+from plumbing.machine import hardware
 from scratchdet import Config, cxcywh_to_xyxy, make_priors, multibox_loss
 
 try:

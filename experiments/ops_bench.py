@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-import machine
 import ops
 from ops import ladder, reference
+from plumbing import machine
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
 from . import peers

@@ -90,7 +90,9 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
             with open(part, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
                 for start in range(0, len(records), 256):  # bounds what waits to be written
                     some = records[start : start + 256]
-                    for image in pool.map(lambda r: decode_pixels(open_record(r), r).tobytes(), some):
+                    for image in pool.map(
+                        lambda r: decode_pixels(open_record(r), r).tobytes(), some
+                    ):
                         file.write(image)
                     progress(min(start + 256, len(records)))
                 file.write(stamp.digest())

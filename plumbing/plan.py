@@ -3,7 +3,6 @@
 Where something does not fit, the error names the flag that helps.
 """
 
-import math
 import os
 import shutil
 import time
@@ -24,7 +23,9 @@ def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:
     """How many images there are, and whether the mAP will be that of images never seen."""
     seen = len({r.path for r in train} & {r.path for r in test})
     note = f" ({seen:,} of them trained on: no measure of new images)" if seen else ""
-    return f"{len(train):,} training images, {len(test):,} to evaluate{note}, {len(classes)} classes"
+    return (
+        f"{len(train):,} training images, {len(test):,} to evaluate{note}, {len(classes)} classes"
+    )
 
 
 def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: float, device) -> str:
@@ -120,7 +121,7 @@ def check_space(model: nn.Module, args: Namespace) -> float:
 
 
 def check_shared_memory(micro: int, args: Namespace) -> None:
-    """ValueError where /dev/shm, in which workers hand over batches, is too small (Docker: 64 MB)."""
+    """ValueError where /dev/shm is too small (Docker: 64 MB): workers hand over batches there."""
     shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not args.workers or not shm.exists():
         return

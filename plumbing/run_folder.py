@@ -1,11 +1,11 @@
 """The folder of a run (--out): its checkpoints, its log, and nothing of anybody else's.
 
-    last.pt previous.pt   checkpoints, each whole at any moment
-    log.jsonl             one JSON object per line: a step, or a measurement on the way
-    run.json              arguments, network, commit, machine
-    nonfinite.json        the images of the last step that was not finite, if there was one
-    detections/           sheets of detections beside the ground truth
-    results.json report.html page.html dropped.txt     the end, and what was left out (--drop-bad)
+last.pt previous.pt   checkpoints, each whole at any moment
+log.jsonl             one JSON object per line: a step, or a measurement on the way
+run.json              arguments, network, commit, machine
+nonfinite.json        the images of the last step that was not finite, if there was one
+detections/           sheets of detections beside the ground truth
+results.json report.html page.html left_out.txt    the end, and what --drop-bad left out
 """
 
 import argparse
@@ -28,7 +28,7 @@ from plumbing.checkpoint import read_checkpoint
 from plumbing.program import Progress, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
-FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "dropped.txt")
+FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
 
 # A resumed run takes all arguments from its checkpoint but those of the machine; of the others
 # these may be given anew, because the data may have moved, or a bad step is to be left out.
@@ -96,7 +96,8 @@ def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Names
             raise ValueError(
                 f"--{key.replace('_', '-')} {now}: {args.out} was started with {value}. A resumed "
                 f"run goes on as it began: leave the flag out, or choose another --out{longer}"
-                + f" {last} --out OTHER" * (key in LENGTH)
+                + f" {last} --out OTHER"
+                * (key in LENGTH)
             )
     return args, checkpoint
 

@@ -1,6 +1,5 @@
 """From records to batches: the SSD augmentation against slow, plain versions of itself."""
 
-import colorsys
 import multiprocessing
 import os
 import signal
@@ -20,14 +19,14 @@ from data import (
     expand,
     flip,
     ordered_batches,
-    prepare,
     place_boxes,
+    prepare,
     render,
     snap,
 )
 from ops.reference import jitter_colour
 from plumbing import cache as image_cache
-from plumbing.files import BadData, Record
+from plumbing.files import BadData, Record, decode_pixels, open_record
 from plumbing.shapes import SHAPE_CLASSES, draw_image, draw_shapes, outline
 from plumbing.voc import read_voc
 
@@ -501,7 +500,7 @@ def test_a_cache_in_a_folder_that_cannot_be_written_is_read(tmp_path, records, m
     def refuse(lock):
         raise PermissionError(13, "Permission denied", str(lock))
 
-    monkeypatch.setattr(data, "file_lock", refuse)  # root may write anywhere
+    monkeypatch.setattr(image_cache, "file_lock", refuse)  # root may write anywhere
     assert image_cache.build_cache(records, tmp_path) == path
 
 
@@ -520,7 +519,7 @@ def test_processes_that_build_at_once_end_with_one_good_cache(tmp_path, records)
         job.join()
     pixels = image_cache.memory_map(image_cache.build_cache(records, tmp_path))
     w, h = records[0].size
-    image = data.decode(data.open_record(records[0]), records[0])
+    image = decode_pixels(open_record(records[0]), records[0])
     assert (pixels[: w * h * 3].reshape(h, w, 3) == np.asarray(image)).all()
     assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".bin", ".lock"]
 

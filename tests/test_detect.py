@@ -269,7 +269,10 @@ def test_a_stream_of_jpegs_is_split_by_its_markers():
                     return self.read(min(size, chunk))
 
             assert list(split_jpegs(Slow(whole))) == frames
-    assert list(split_jpegs(io.BytesIO(frames[0] + frames[3][:-20]))) == [frames[0], frames[3][:-20]]
+    assert list(split_jpegs(io.BytesIO(frames[0] + frames[3][:-20]))) == [
+        frames[0],
+        frames[3][:-20],
+    ]
     assert list(split_jpegs(io.BytesIO(b"no picture at all"))) == []
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import eval as evaluation
 from experiments.eval_bench import found, random_case
@@ -369,9 +368,7 @@ def test_a_coco_test_set_has_results_without_numbers(records, tmp_path, monkeypa
     model = Oracle(records, Config(classes=CLASSES))
     monkeypatch.setattr(evaluation, "load_detector", lambda *_: (model, {"args": {}}))
     argv = ["any.pt", "--coco-root", str(tmp_path), "--eval-sets", "test-dev2017", "--workers", "0"]
-    with pytest.raises(
-        ValueError, match="instances_test-dev2017.json .*without annotations.*--res"
-    ):
+    with pytest.raises(ValueError, match="instances_test-dev2017.json"):
         evaluation.main(argv)
     results = tmp_path / "results.json"
     evaluation.main([*argv, "--results", str(results)])
@@ -463,7 +460,10 @@ def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
         (["{run}/none.pt"], "none.pt: no such checkpoint"),
         (["{run}/cut.pt"], "cut.pt: not a checkpoint of train.py, or damaged"),
         (["{run}/text.pt"], "text.pt: not a checkpoint of train.py, or damaged"),
-        (["{run}/dogs.pt", "--voc-root", "{shapes}"], "detects dog, cat; the data has circle"),
+        (
+            ["{run}/dogs.pt", "--voc-root", "{shapes}"],
+            "The network detects dog, cat",
+        ),
         (["{pt}", "--voc-root", "{run}"], "--voc-root {run}"),
         (["{pt}", "--voc-root", "{shapes}", "--eval-sets", "2007:nope"], "nope"),
         (["{pt}", "--data", "voc"], "--voc-root DIR"),

@@ -60,8 +60,12 @@ def test_nothing_outside_tests_imports_tests():
 
 def test_the_lesson_stays_short():
     counts = {name: count(ROOT / name) for name in MAIN_PATH}
-    assert sum(counts[name].lines for name in LESSON) <= 2250
+    assert sum(counts[name].lines for name in LESSON) <= 2350
     for name, c in counts.items():
-        assert c.longest <= 100 if c.where == "main" else c.longest <= 75, (name, c.where, c.longest)
+        assert c.longest <= 100 if c.where == "main" else c.longest <= 75, (
+            name,
+            c.where,
+            c.longest,
+        )
         assert 0.3 <= c.words / c.code <= 1.2, (name, c.words / c.code)
     assert sum(c.code for c in counts.values()) > 1000  # the counting itself works

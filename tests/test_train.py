@@ -114,8 +114,7 @@ def test_voc12_is_trained_on_all_of_voc07():
 
 def test_images_that_are_trained_on_and_measured_are_said(shapes_root):
     train_set, test = (
-        read_voc(shapes_root, [f"2007:{name}"], SHAPE_CLASSES)[0]
-        for name in ("train", "test")
+        read_voc(shapes_root, [f"2007:{name}"], SHAPE_CLASSES)[0] for name in ("train", "test")
     )
     said = plan.about_data(train_set, test, ("a",))
     assert said == f"{len(train_set)} training images, {len(test)} to evaluate, 1 classes"

@@ -110,8 +110,8 @@ def main():
     which = args.op or f"{len(ops.NAMES)} ops"
     print(
         f"{args.cases} cases of the {args.kernels} kernels of {which} equal the reference, "
-        f"sanitizer {args.sanitize} silent, {time.process_time() - started:.0f} CPU s; {excused} images "
-        "differed by rounding at a threshold or a tie"
+        f"sanitizer {args.sanitize} silent, {time.process_time() - started:.0f} CPU s; {excused} "
+        "images differed by rounding at a threshold or a tie"
     )
     return 0
 
