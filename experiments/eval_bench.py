@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import hardware
 from metrics import COCO_NAMES, Detections, coco_ap, voc_ap
-from records import Record
+from plumbing.files import Record
+from plumbing.machine import hardware
 
 
 def record(boxes, labels=None, *, name="1", difficult=None, size=(300, 300), area=None):
