@@ -101,6 +101,7 @@ class Guesses(NamedTuple):
     label: Array  # (D,) int64
     boxes_xyxy: Array  # (D, 4) float64
     score: Array  # (D,) float64
+    row: Array  # (D,) int64: its place among all detections as they were given
 
 
 def tabulate(
@@ -131,7 +132,8 @@ def tabulate(
 
     difficult, area = column(records, "difficult", bool), column(records, "area")
     objects = Objects(*table(records, "ground truth"), difficult, area)
-    guesses = Guesses(*table(detections, "detections"), column(detections, "scores"))
+    score = column(detections, "scores")
+    guesses = Guesses(*table(detections, "detections"), score, np.arange(len(score)))
     order = np.lexsort((-guesses.score, guesses.label))  # the last counts first; ties stay
     return objects, Guesses(*(column[order] for column in guesses))
 

@@ -3,23 +3,24 @@
 import numpy as np
 import pytest
 
-import data
 from experiments import compare
 from experiments.eval_bench import found
 from metrics import mean, voc_ap, voc_match
+from plumbing.shapes import SHAPE_CLASSES, draw_shapes
+from plumbing.voc import read_voc
 
-CLASSES = tuple(data.SHAPE_CLASSES)
+CLASSES = tuple(SHAPE_CLASSES)
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     """Root of a VOC tree with 12 test images of shapes."""
-    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=1, num_test=12)
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=1, num_test=12)
 
 
 @pytest.fixture(scope="module")
 def records(shapes):
-    return data.read_voc(shapes, ["2007:test"], CLASSES)[0]
+    return read_voc(shapes, ["2007:test"], CLASSES)[0]
 
 
 def test_bootstrap_of_a_perfect_and_a_worse_detector(records):

@@ -227,9 +227,8 @@ def test_voc_equals_plain_loops(seed):
 # ------------------------------------------------------------------------- VOC, known answers
 
 
-@needs_oracles
-def test_voc07_test_with_tiny_yolo():
-    folder = Path(ORACLES, "voc07-test")
+def voc07_test(folder):
+    """VOC2007 test with the detections of a tiny YOLO -> records, detections, expected numbers."""
     expected = json.loads((folder / "expected.json").read_text())
     classes = list(expected["per_class"])
     records, rows = {}, {}
@@ -258,13 +257,19 @@ def test_voc07_test_with_tiny_yolo():
     for name in names:
         table = np.array(rows[name], float).reshape(-1, 6)
         detections.append(Detections(table[:, 1:5], table[:, 0], table[:, 5].astype(int)))
-    assert len(names) == 4952
+    return [records[name] for name in names], detections, expected
+
+
+@needs_oracles
+def test_voc07_test_with_tiny_yolo():
+    records, detections, expected = voc07_test(Path(ORACLES, "voc07-test"))
+    assert len(records) == 4952
     assert sum(len(d.scores) for d in detections) == 254_590
 
     start = time.process_time()
-    result = voc_ap([records[name] for name in names], detections, 20)
+    result = voc_ap(records, detections, 20)
     print(f"254,590 detections in {time.process_time() - start:.2f} CPU s")
-    for c, name in enumerate(classes):
+    for c, name in enumerate(expected["per_class"]):
         got = [round(result["ap11"][c], 4), round(result["area"][c], 4)]
         assert got == [round(v, 4) for v in expected["per_class"][name]], name
     assert round(mean(result["ap11"]), 4) == 0.5397
