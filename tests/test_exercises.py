@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exercise_answers import RIGHT, WRONG
+from harness.exercise_answers import RIGHT, WRONG
 
 import ops
 from ops import reference
