@@ -313,6 +313,10 @@ def check_matching(matching):
     case([[0.1, 0.9, 0.6, 0.7], [0.2, 0.8, 0.7, 0.6]], [-1, 0, 1, 0], "forced, then the threshold")
     case([[0.4, 0.3, 0.2], [0.4, 0.2, 0.3], [0.45, 0.3, 0.2]], [2, 0, 1],
          "three boxes with one best prior")  # fmt: skip
+    case([[0.9, 0.1, 0.2], [0.85, 0.5, 0.3], [0.1, 0.8, 0.1]], [0, 2, 1],
+         "the loser's next best comes after another box's best")  # fmt: skip
+    case([[0.9, 0.8], [0.8, 0.1]], [0, 1], "the best pair first, not the best sum")
+    case([[0.1, 0.49999, 0.75]], [-1, -1, 0], "an IoU just below the threshold")
     case([[0.9, 0.0], [0.0, 0.0]], [0, -1], "a box that overlaps nothing gets nothing")
     case([[0.0, 5e-7]], [-1, -1], "an IoU of 5e-7 is no overlap")
     case([[0.0, 2e-6]], [-1, 0], "an IoU of 2e-6 is one")
@@ -356,7 +360,7 @@ def check_mining(mining):
     case(score, [one, [1, 1, 1, 0, 0, 0]], 3, [[0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 1]],
          "nine wanted, three there")  # fmt: skip
     case(score, [one, [1] * 6], 2, [[0, 1, 0, 1, 0, 0], none], "no negative in image 1")
-    case([[7.0, 5e4, 3e4, 2.0]], [[0, 1, 0, 0]], 2, [[1, 0, 1, 0]], "large scores")
+    case([[2.0, 5e4, 3e4, 7.0]], [[0, 1, 0, 0]], 2, [[0, 0, 1, 1]], "large scores")
     case([[0.5, 0.5, 0.5, 0.5, 0.5]], [[0, 0, 1, 0, 0]], 2, [[1, 1, 0, 0, 0]], "equal scores")
     case([[0.0, 0.0, 0.0, 0.0, 0.0]], [[1, 0, 0, 0, 0]], 2, [[0, 1, 1, 0, 0]], "all scores are 0")
     case([[0.0] * 64], [[1] + [0] * 63], 20, [[0] + [1] * 20 + [0] * 43], "64 scores of 0")
@@ -464,6 +468,9 @@ def check_nms(nms):
     case([[1, 1, 1, 1]] * 2, [0.9, 0.8], 0.5, [1, 1], "two empty boxes have IoU 0")
     case(half[:1], [0.9], 0.5, [1], "one box")
     case([], [], 0.5, [], "no boxes")
+    far = [[3 * k, 0, 3 * k + 1, 1] for k in range(300)]
+    case(far, [1 - k / 1e4 for k in range(300)], 0.5, [1] * 300, "300 boxes that do not touch")
+    case(twins, [0.5001, 0.5002], 0.5, [0, 1], "scores that differ a little")
     for seed in range(6):
         b, threshold = random_boxes(60, seed), (0.45, 0.3, 0.7)[seed % 3]
         s = (torch.rand(60, generator=torch.Generator().manual_seed(seed)) * 20).round() / 20
@@ -495,6 +502,7 @@ def check_precision(precision):
     case([0.5, 0.5], [1, 0], 1, 1.0, "a tie: the lowest index first")
     case([0.5] * 20, [1] * 10 + [0] * 10, 10, 1.0, "20 ties")
     case([3.0, -2.0], [1, 1], 2, 1.0, "any scores")
+    case([-k / 1e4 for k in range(130)], [0] * 129 + [1], 1, 1 / 130, "one right behind 129 wrong")
     for objects in (10, 20, 30):
         for found in range(1, objects + 1):
             why = f"{found} of {objects} found: exactly {10 * found // objects + 1} recalls"
