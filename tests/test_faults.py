@@ -198,7 +198,7 @@ def test_10000_images_without_a_box(tmp_path):
 @pytest.mark.slow
 def test_12_kills_at_any_moment_lose_nothing(capsys):
     """kill -9 at random moments and inside the writing of checkpoints; any number of workers."""
-    script = [sys.executable, str(ROOT / "tests/kill_runs.py"), "--kills", "12"]
+    script = [sys.executable, str(ROOT / "tests/harness/kill_runs.py"), "--kills", "12"]
     script += ["--seed", str(int(time.time()))]
     done = subprocess.run(script, capture_output=True, text=True, timeout=1800)
     with capsys.disabled():

@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL again and again, resume it, and compare with one left alone.
 
-    python tests/kill_runs.py [--kills 20] [--seed 0]
+    python tests/harness/kill_runs.py [--kills 20] [--seed 0]
 
 Half of the kills come at random moments, half inside the writing of a checkpoint: after some of its
 bytes, or before or after one of the system calls. The number of data workers changes every time.
@@ -21,7 +21,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import torch  # noqa: E402
 

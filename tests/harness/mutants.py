@@ -1,7 +1,7 @@
 """One-line bugs, planted one at a time: each must turn the tests red.
 
-    python tests/mutants.py             all of them, as a table; minutes
-    python tests/mutants.py priors      those whose description has the word
+    python tests/harness/mutants.py             all of them, as a table; minutes
+    python tests/harness/mutants.py priors      those whose description has the word
 
 A bug is planted in a temporary copy of the repository, never here. Most are bugs that published
 detectors had (ssd.pytorch: forced matches overwritten, priors clipped, a crop constraint that never
@@ -26,7 +26,8 @@ from typing import NamedTuple
 import pytest
 import torch  # noqa: F401  the forks find it imported
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+OURS = (ROOT, ROOT / "tests", ROOT / "tests/harness")  # a copy must not import from them
 CPU_SECONDS, SECONDS = 120, 900  # that one run of the tests may take
 
 
@@ -350,7 +351,7 @@ def run_tests(repo: Path, tests: str, where: str, *, compiled: bool) -> tuple[in
             signal.alarm(SECONDS)
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             os.chdir(repo)
-            sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+            sys.path[:] = [p for p in sys.path if Path(p).resolve() not in OURS]
             os.environ["SCRATCHDET_OPS"] = "require" if compiled else "reference"
             null = os.open(os.devnull, os.O_RDONLY)
             for theirs, ours in ((null, 0), (output.fileno(), 1), (output.fileno(), 2)):
