@@ -129,7 +129,7 @@ def describe(model: ScratchDet) -> tuple[dict, np.ndarray]:
     half = weights.detach().numpy().astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("a weight of the network is not finite, or beyond float16 (65,504)")
-    config = model.config
+    config = folded.config
     about = {
         "config": asdict(config), "steps": steps, "loc": loc, "conf": conf,
         "priors": PRIORS[config.priors], "parameters": len(half), "macs": count_macs(folded),
@@ -164,7 +164,7 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
     model, checkpoint = load(path)
     args = checkpoint.get("args") or {}
     training = {key: args.get(key) for key in ("data", "recipe", "seed")}
-    training |= {"commit": checkpoint.get("commit"), "step": checkpoint.get("step")}
+    training |= {"bn": model.config.bn, "commit": checkpoint.get("commit")}
     return model, training
 
 

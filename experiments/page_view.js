@@ -42,8 +42,8 @@ function sheet(canvas, aspect = 1) {
 /** The picture in the middle of a square canvas, and a pen whose units are those of the image. */
 function paint(canvas, of, { shade = false } = {}) {
   const { context, width: side } = sheet(canvas), longest = Math.max(of.width, of.height);
-  const [w, h] = [(side * of.width) / longest, (side * of.height) / longest];
-  const [left, top] = [(side - w) / 2, (side - h) / 2];
+  const [w, h] = [of.width, of.height].map((length) => Math.round((side * length) / longest));
+  const [left, top] = [Math.round((side - w) / 2), Math.round((side - h) / 2)];
   context.drawImage(of.image, left, top, w, h);
   if (shade) { // grey and pale, so that the boxes are what one sees
     context.globalCompositeOperation = "saturation";
@@ -551,8 +551,8 @@ draw.matching = () => {
   matched.forEach((g, p) => {
     if (g >= 0) count[g] += 1;
     if (g >= 0 && alone[p] !== g) given.push(p);
-    else if (g >= 0)
-      pen.box(priorsXyxy[p], "positive", { width: 1.2, halo: false, alpha: 0.75 });
+    else if (g >= 0) pen.box(priorsXyxy[p], "positive", g === state.selected
+      ? { width: 1.6, halo: false } : { width: 1, halo: false, alpha: 0.4 });
   });
   for (const p of given) pen.box(priorsXyxy[p], "positive", { width: 3, dash: [7, 4] });
   boxes.forEach((box, g) => {
@@ -869,7 +869,7 @@ function removeBox() {
 
 const SCENES = { // in pixels of the network's image
   own: () => structuredClone(picture.truth) ?? { boxes: [], labels: [] },
-  twins: () => ({ boxes: [[137, 138, 157, 158], [141, 138, 159, 159]], labels: [1, NAMES.length - 1] }),
+  twins: () => ({ boxes: [[137, 139, 157, 159], [140, 137, 159, 158]], labels: [1, NAMES.length - 1] }),
   tiny: () => ({ boxes: [[60, 70, 71, 80], [120, 200, 250, 212]], labels: [1, NAMES.length - 1] }),
 };
 
