@@ -29,6 +29,7 @@ from shapes import SHAPE_CLASSES, draw_image
 
 HERE = Path(__file__).parent
 DRAWN = 24  # pictures of shapes in the page: the first of the test set
+START = 14  # the one that is shown first: objects of all sizes, of which some overlap
 LONGEST = 640  # side in pixels that a picture in the page is shrunk to
 POLICY = (
     "default-src 'none'; script-src {scripts}; worker-src blob:; style-src {style}; "
@@ -243,7 +244,8 @@ def write_page(checkpoint: str | Path, out: str | Path, images: list | None = No
         for one in pictures:  # the network's classes are others: there is nothing to find
             one["boxes"], one["labels"] = [], []
     network, half = describe(model)
-    about = {"network": network, "training": training, "pictures": pictures}
+    start = START if len(pictures) == DRAWN else 0
+    about = {"network": network, "training": training, "pictures": pictures, "start": start}
     html = make_page(about, half.tobytes())
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(html, encoding="utf-8")

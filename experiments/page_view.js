@@ -285,6 +285,7 @@ async function choose(one) {
   one.scene ??= structuredClone(one.truth) ?? { boxes: [], labels: [] };
   Object.assign(state, { selected: 0, step: 0, visited: 0, layers: [] });
   for (const other of pictures) other.button.setAttribute("aria-pressed", other === one);
+  $("strip").scrollTo({ left: one.button.offsetLeft - $("strip").offsetLeft - 100 });
   for (const place of document.querySelectorAll(".has-truth")) place.hidden = !one.truth;
   $("progress").hidden = false;
   $("progress").value = 0;
@@ -297,10 +298,11 @@ async function choose(one) {
   }
   if (picture !== one) return;
   $("progress").hidden = true;
-  const best = result.detections[0];
-  if (best) setLabel(best.label);
-  lookAt(best);
   const seen = result.detections.filter(({ score }) => score >= state.shown);
+  const count = NAMES.map((_, label) => seen.filter((d) => d.label === label).length);
+  const first = seen.find(({ label }) => label === argmax(count)) ?? result.detections[0];
+  if (first) setLabel(first.label); // of the class that is found most often
+  lookAt(first);
   say("picture", `${plural(seen.length, "object")} found in ${(result.ms / 1000).toFixed(2)} s, ` +
     `${result.way}: ${NUMBER.format(Math.round(about.network.macs / 1e6))} million ` +
     "multiplications, once for the whole picture.");
@@ -617,7 +619,7 @@ draw.loss = () => {
     ["offsets of the positives, smooth L1", dec(loss.lossLoc, 3)],
     [`classes of the ${plural(loss.positives, "positive")}`, dec(loss.lossPositives, 3)],
     [`classes of the ${plural(mined.length, "hardest negative")}`, dec(loss.lossNegatives, 3)],
-    [`loss, divided by the ${plural(loss.positives, "positive")}`,
+    [`the loss: all three, each divided by ${Math.max(1, loss.positives)}`,
      dec(loss.lossLoc + loss.lossPositives + loss.lossNegatives, 3)]]);
   drawMined(loss, mined.length);
 };
@@ -783,13 +785,14 @@ function slider(id, key, output, sections, write = dec) {
   show();
 }
 
-function player(button, next) {
+/** A button that calls `next` again and again, until it returns false or is pressed once more. */
+function player(button, next, ms = 700) {
   let timer = null;
   const stop = () => { clearInterval(timer); timer = null; $(button).textContent = "Play"; };
   $(button).addEventListener("click", () => {
     if (timer) return stop();
     $(button).textContent = "Stop";
-    timer = setInterval(() => { if (!next()) stop(); }, 700);
+    timer = setInterval(() => { if (!next()) stop(); }, ms);
   });
 }
 
@@ -884,6 +887,12 @@ function wire() {
   slider("ap", "walked", null, "map");
   $("layer").max = about.network.steps.length - 1;
   $("layer").addEventListener("input", () => later("layers"));
+  player("layers-play", () => {
+    const at = Number($("layer").value), last = Number($("layer").max);
+    $("layer").value = at === last ? 0 : at + 1;
+    later("layers");
+    return at + 1 !== last;
+  }, 350);
   $("moved").addEventListener("change", () => later("priors"));
   for (const select of document.querySelectorAll("[data-class]")) {
     options(select);
@@ -1083,7 +1092,7 @@ async function main() {
     width = document.body.clientWidth;
   }).observe(document.body);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-  if (pictures.length) choose(pictures[0]);
+  if (pictures.length) choose(pictures[about.start]);
 }
 
 main();
