@@ -230,15 +230,16 @@ def open_test_set(
     args: argparse.Namespace, checkpoint: dict, classes: Sequence[str]
 ) -> list[Record]:
     """What to measure on: of the flags or else as train.py evaluated; completes `args` by it."""
-    is_test = args.results if sources.kind_of(args) == "coco" else args.comp4
     found, sets, first = sources.from_run(args, checkpoint.get("args") or {})
     vars(args).update(vars(found), eval_sets=sets)
-    if args.comp4 and (args.data == "coco" or len(args.eval_sets) > 1):
+    submission_of = vars(args).get("comp4"), vars(args).get("results")
+    if submission_of[0] and (args.data == "coco" or len(sets) > 1):
         raise ValueError(
-            f"--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
-            f"{args.data}, {' '.join(args.eval_sets)}"
+            "--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
+            f"{args.data}, {' '.join(sets)}"
         )
-    records, _ = sources.open_data(args, sets, tuple(classes), annotated=not is_test)
+    annotated = not any(submission_of)  # a test set comes without annotations
+    records, _ = sources.open_data(args, sets, tuple(classes), annotated=annotated)
     return records[:first]
 
 

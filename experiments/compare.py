@@ -22,9 +22,9 @@ from numpy import ndarray as Array
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import eval as evaluation  # noqa: E402
-import machine  # noqa: E402
 from metrics import SIZES, VocMatches, mean, voc_average, voc_match, voc_outcome  # noqa: E402
-from scratchdet import load  # noqa: E402
+from plumbing import program  # noqa: E402
+from scratchdet import load_detector  # noqa: E402
 
 PARTS = {"all": (0.0, np.inf), **SIZES}  # objects by their side, as in metrics.voc_ap
 
@@ -70,20 +70,19 @@ def main(argv: list[str] | None = None) -> Array:
     evaluation.add_shared_flags(parser)
     args = parser.parse_args(argv)
     evaluation.check_shared(args)
-    machine.check_range(args, "draws", 1)
+    program.check_range(args, "draws", 1)
 
-    detectors, source = [], None
+    detectors = []
     for path in args.checkpoints:
-        model, checkpoint = load(path, args.device)
-        source = source or evaluation.data_source(args, checkpoint)
+        model, checkpoint = load_detector(path, args.device)
         classes = model.config.classes
-        records = evaluation.read_records(*source, classes, path)
+        records = evaluation.open_test_set(args, checkpoint, classes)
         found = evaluation.run_detector(
             model, records, batch_size=args.batch_size, workers=args.workers
         )
         detectors.append(voc_match(records, found, len(classes)))
-    kind, _, sets, _ = source
-    metric = evaluation.metric_of(kind, sets)
+    sets = args.eval_sets
+    metric = evaluation.metric_of(args.data, sets)
     values = bootstrap(detectors, len(records), args.draws, metric)
 
     print(f"{len(records)} images of {' '.join(sets)}, {args.draws} draws, "
