@@ -120,7 +120,7 @@ LENGTH = ("iterations", "minutes")
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
+def write_checkpoint(path: Path, checkpoint: dict, *, keep_previous: bool = True) -> None:
     """Write it whole or not at all; the one before it becomes previous.pt.
 
     At any moment at which the machine may die, last.pt is a whole checkpoint.
@@ -131,7 +131,7 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.exists() and keep_previous:
             older = path.with_name("previous.tmp")
             older.unlink(missing_ok=True)
             try:
@@ -224,7 +224,8 @@ class RunLog:
         """last.pt after `step` steps; at the end with the results, which go to results.json."""
         done = {"step": step, "skipped": self.skipped, "images": images, "results": results}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        write_checkpoint(self.out / "last.pt", self.about | done | state)
+        last = self.out / "last.pt"
+        write_checkpoint(last, self.about | done | state, keep_previous=not results)
         if results:
             write_json(self.out / "results.json", results)
 
