@@ -32,6 +32,7 @@ from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record
+from plumbing.halves import spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
 from plumbing.program import Progress, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
@@ -68,15 +69,20 @@ def run_detector(
     """
     device, mode = model.priors_cxcywh.device, model.training
     progress, found = Progress(len(records), what), []
+
+    def run(batch: data.Batch) -> list[Detections]:
+        batch = data.to_device(batch, device)
+        loc, logits = model(data.prepare(batch, model.config))
+        sizes = [records[i].size for i in batch.indices.tolist()]
+        return to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
+
     model.eval()
     try:
-        for batch in data.ordered_batches(
+        batches = data.ordered_batches(
             records, model.config.size, batch_size=batch_size, workers=workers
-        ):
-            batch = data.to_device(batch, device)
-            loc, logits = model(data.prepare(batch, model.config))
-            sizes = [records[i].size for i in batch.indices.tolist()]
-            found += to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
+        )
+        for some in spread(run, batches, 1 if device.type == "cuda" else torch.get_num_threads()):
+            found += some
             if what:
                 progress(len(found))
     finally:

@@ -37,6 +37,7 @@ import ops
 from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint
+from plumbing.halves import in_threads
 from plumbing.program import StopSignals, check_range, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
@@ -320,9 +321,11 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 
 
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
-    """What a step calls: the model as it is, compiled, or shared between ranks."""
+    """What a step calls: the model shared between ranks, compiled, or in all threads of a CPU."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
+    if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
+        return in_threads(model, micro_batch(args, world))
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     return torch.compile(network) if args.compile else network
 
