@@ -197,9 +197,13 @@ def list_sets(root: str | Path) -> list[str]:
     root = folder_of(root)
     if not root.is_dir():
         return []
-    pictures = pictures_of(root)
-    known = ("train", "val", "valid", "test", "trainval")
-    lists = [name for name in known if (root / f"{name}.txt").is_file()]
+    pictures, lists = pictures_of(root), []
+    tails, stems = tails_of(pictures), {key.rpartition(".")[0] for key in pictures}
+    for path in sorted(root.glob("*.txt")):  # of which some are labels of pictures beside them
+        if path.name[0] != "." and path.name.lower() not in NO_LABELS and path.stem not in stems:
+            first = next(iter(read_lines(path)), ("", ""))[0]
+            if key_of(first, pictures, tails) in pictures:
+                lists.append(path.stem)
     folders = sorted({key.partition("/")[0] for key in pictures if "/" in key})
     return lists or folders or ["all"] * bool(pictures)
 
@@ -209,9 +213,7 @@ def find_set(
 ) -> list[tuple[str, object]]:
     """[(key of `pictures`, where it is listed), ...] of a set: a list, a folder, what data.yaml
     says, or all."""
-    by_tail: dict[str, list[str]] = {}
-    for key in pictures:
-        by_tail.setdefault(key.rpartition("/")[2], []).append(key)
+    by_tail = tails_of(pictures)
 
     def listed(path: Path) -> list[tuple[str, object]]:
         lines = read_lines(path)
@@ -259,6 +261,14 @@ def find_set(
     else:
         message += f". {suggest(there)}"
     raise BadData(f"--yolo-root {root}", message)
+
+
+def tails_of(pictures: dict[str, Path]) -> dict[str, list[str]]:
+    """{"a.jpg": ["train/a.jpg"], ...}"""
+    tails: dict[str, list[str]] = {}
+    for key in pictures:
+        tails.setdefault(key.rpartition("/")[2], []).append(key)
+    return tails
 
 
 def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) -> str:
