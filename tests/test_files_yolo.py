@@ -225,7 +225,8 @@ def test_a_yaml_that_means_harm_takes_no_time(yolo, text):
         ("{}.jpg", "{}.txt", {"classes.txt": "bolt\nnut"}, ["all"]),  # LabelImg
         ("images/val/{}.jpg", "labels/val/{}.txt",  # fiftyone
          {"dataset.yaml": "names:\n- bolt\n- nut\nnc: 2\npath: .\nval: ./images/val/\n"}, ["val"]),
-        ("data/{}.jpg", "data/{}.txt", {"obj.names": "bolt\nnut", "images.txt": "data/a.jpg\nb.jpg"},
+        ("data/{}.jpg", "data/{}.txt",
+         {"obj.names": "bolt\nnut", "images.txt": "data/a.jpg\nb.jpg"},
          ["images"]),
         ("images/{}.JPG", "labels/{}.txt",
          {"x.yaml": "names: [bolt, nut]", "train.txt": "/home/ann/images/a.jpg\nC:\\x\\b.JPG\n"},
