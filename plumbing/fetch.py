@@ -103,7 +103,7 @@ SOURCES = {
 # ------------------------------------------------------------------------------ the command
 
 
-def fetch(
+def main(
     names: Sequence[str], folder: str | Path, *, sources: dict[str, Source] = SOURCES,
     wait: float = 1.0,
 ) -> int:  # fmt: skip

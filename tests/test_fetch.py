@@ -12,7 +12,7 @@ import pytest
 from trees import make_voc
 
 from plumbing import fetch as fetching
-from plumbing.fetch import SOURCES, Archive, NotTheData, Source, fetch
+from plumbing.fetch import SOURCES, Archive, NotTheData, Source
 from plumbing.voc import read_voc
 
 
@@ -106,7 +106,7 @@ def source_of(server, content, name="VOC.tar", md5=None, unpacked=None, **more):
 
 
 def run(sources, folder, names=("voc2007",)):
-    return fetch(list(names), folder, sources=sources, wait=0)
+    return fetching.main(list(names), folder, sources=sources, wait=0)
 
 
 @pytest.fixture
