@@ -19,6 +19,7 @@ import numpy as np
 from plumbing.files import (
     MAX_PIXELS,
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
@@ -245,7 +246,7 @@ def size_of(width: object, height: object, path: Path, where: str, found: Findin
     sides = number(width), number(height)
     if missing or any(side > 0 and side % 1 for side in sides):
         found.handle(where, "size missing or with fractions, taken from the image")
-        return open_image(path).size
+        return open_image(path, UNREADABLE).size
     if not all(side % 1 == 0 and 0 < side <= MAX_PIXELS for side in sides):  # NaN is neither
         what = f"size {width!r:.60} x {height!r:.60}: expected whole numbers of pixels"
         raise BadData(where, what, "image size that is not whole pixels")

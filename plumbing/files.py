@@ -338,7 +338,7 @@ def crosses(box: list[float], size: tuple) -> bool:
 def check_size(path: Path, size: tuple, where: object) -> None:
     """Refuses a picture whose size is not the annotation's. It is asked where a box crosses the
     border: then that is the cause, and said once, not for every box."""
-    if (true := open_image(path).size) != size:
+    if (true := open_image(path, UNREADABLE).size) != size:
         what = "the image {} is {}x{}, its annotation says {}x{}".format(path, *true, *size)
         raise BadData(where, what, "another size than the image's")
 
@@ -356,25 +356,26 @@ def check_units(records: list[Record], where: object, found: Findings) -> None:
 UNREADABLE = "image that cannot be read"  # a kind of BadData
 
 
-def open_image(path: Path) -> Image.Image:
-    """Reads the header only. Refuses what is no image, and one too large, before any pixel."""
+def open_image(path: Path, kind: str = "") -> Image.Image:
+    """Reads the header only. Refuses what is no image, and one too large, before any pixel.
+    `kind` of the BadData: of a data set's image UNREADABLE, so that --drop-bad can leave it out."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise BadData(path, "the file is empty, or no regular file", UNREADABLE)
+            raise BadData(path, "the file is empty, or no regular file", kind)
         image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
         return image
     except Image.DecompressionBombError as error:
         what = f"too large to be a photograph, not decoded ({error})"
-        raise BadData(path, what, UNREADABLE) from None
+        raise BadData(path, what, kind) from None
     except FileNotFoundError:
-        raise BadData(path, "no such image", "missing image") from None
+        raise BadData(path, "no such image", kind) from None
     except BadData:
         raise
     except Exception as error:  # whatever a decoder raises on bytes from anywhere
-        raise BadData(path, f"not an image that can be read ({error})", UNREADABLE) from None
+        raise BadData(path, f"not an image that can be read ({error})", kind) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -401,7 +402,7 @@ def decode_pixels(image: Image.Image, record: Record) -> Image.Image:
 
 def open_record(record: Record) -> Image.Image:
     """The image of a record, not yet decoded; its size must be the annotation's."""
-    image = open_image(record.path)
+    image = open_image(record.path, UNREADABLE)
     if image.format == "TIFF" and exif_orientation(image) in range(2, 9):  # Pillow turns only these
         what = "a TIFF with an orientation: are the boxes in its stored pixels? Store it upright"
         raise BadData(record.path, what, "TIFF with an orientation")

@@ -24,6 +24,7 @@ import numpy as np
 
 from plumbing.files import (
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
@@ -133,7 +134,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             head.setdefault(tag, text)
     width, height = (number(head.get(f"size/{side}", "0")) for side in ("width", "height"))
     if width == height == 0:
-        width, height = open_image(image).size
+        width, height = open_image(image, UNREADABLE).size
         found.handle(xml, "sizes missing in the XML, taken from the image")
     if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
         given = " x ".join(head.get(f"size/{side}", "0")[:60] for side in ("width", "height"))
@@ -341,7 +342,7 @@ def read_set(
                 raise BadData(where, f"no annotation {xml}", "missing annotation")
             else:
                 bare.append(where)
-                with open_image(path) as image:
+                with open_image(path, UNREADABLE) as image:
                     images.append((image_id, path, image.size, []))
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)

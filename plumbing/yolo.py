@@ -24,6 +24,7 @@ import numpy as np
 
 from plumbing.files import (
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
@@ -365,7 +366,7 @@ def read_yolo(
     for key in images:
         path, labels = pictures[key], label_files.get(key.rpartition(".")[0])
         try:
-            with open_image(path) as image:
+            with open_image(path, UNREADABLE) as image:
                 size, turned = image.size, exif_orientation(image) in range(2, 9)
             if turned:
                 what = "its EXIF turns it: are the labels of the stored picture? Store it upright"
