@@ -10,9 +10,9 @@ copied, each once, whatever the number of its sets:
     coco    images/, annotations/instances_SET.json
     yolo    images/, labels/, SET.txt, data.yaml
 
-At the end the new data set is read and compared. What a format has no place for is said: YOLO knows
-no difficult objects (VOC's become objects like others, COCO's crowds are left out), and the area of
-COCO's outlines stays in COCO.
+At the end the new data set is read and compared. What a format has no place for is said: VOC's
+difficult objects become objects like others, which training takes them for, COCO's crowds are left
+out, as in training, and the area of COCO's outlines stays in COCO.
 """
 
 import argparse
@@ -92,13 +92,13 @@ def write_coco(out: Path, sets: dict[str, list[Picture]], classes: tuple[str, ..
             record, image_id = picture.record, ids[picture.name]
             (width, height), file = record.size, picture.file
             images.append({"id": image_id, "file_name": file, "width": width, "height": height})
-            for (x0, y0, x1, y1), label, difficult, area in zip(
-                record.boxes_xyxy.tolist(), record.labels.tolist(), record.difficult.tolist(),
-                record.area.tolist(), strict=True,
+            for (x0, y0, x1, y1), label, area in zip(
+                record.boxes_xyxy.tolist(), record.labels.tolist(), record.area.tolist(),
+                strict=True,
             ):  # fmt: skip
                 bbox = [round(v, 6) for v in (x0, y0, x1 - x0, y1 - y0)]
                 row = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label}
-                annotations.append(row | {"bbox": bbox, "area": area, "iscrowd": int(difficult)})
+                annotations.append(row | {"bbox": bbox, "area": area, "iscrowd": 0})
         content = {"images": images, "annotations": annotations, "categories": categories}
         write(out / f"annotations/instances_{name}.json", json.dumps(content))
     return out / "images"
@@ -203,12 +203,12 @@ def main(argv: list[str] | None = None) -> int:
     args.sets = args.sets or sets_there(args)
     sets, classes = read_sets(args, found)
     difficult = sum(int(r.difficult.sum()) for records in sets.values() for r in records)
-    if args.to == "yolo" and difficult:
-        what = "are difficult: YOLO has no such mark, they become objects like others"
-        if kind_of(args) == "coco":
-            what = "are crowds: YOLO has no such mark, they are left out"
-            sets = {name: list(map(without_crowds, records)) for name, records in sets.items()}
-        print(f"{difficult} objects {what}")
+    if difficult and kind_of(args) == "coco":
+        sets = {name: list(map(without_crowds, records)) for name, records in sets.items()}
+        print(f"{difficult} crowds are left out")
+    elif difficult and args.to != "voc":
+        print(f"{difficult} objects are difficult, which {args.to.upper()} has no mark for: they "
+              "become objects like others")  # fmt: skip
     pictures = name_pictures({name.translate(SAFE): some for name, some in sets.items()})
     folder = WRITERS[args.to](out, pictures, classes)
     folder.mkdir(parents=True, exist_ok=True)
