@@ -18,10 +18,10 @@ depend on (seed, s) alone, and the checkpoint holds the rest.
 import argparse
 import contextlib
 import os
+import signal
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 # Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
@@ -338,12 +338,23 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
     return results | {"cpu_minutes": round(seconds.item() / 60, 2)}
 
 
+def time_a_step(network, model, optimizer, batches: Iterator, args) -> float:
+    """Seconds that a step of such batches takes; the model and the optimizer stay as they were."""
+
+    def one_step() -> Tensor:
+        logged, _ = forward_backward(network, model, batches, args)
+        update(optimizer, 0, logged, args)
+        return logged["loc"]
+
+    return plan.seconds_per_step(one_step, (model, optimizer), at_least=3 * (args.minutes or 0))
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = micro_batch(args, world), rank == 0, Path(args.out)
-    say = print if lead else lambda *_: None
+    say = print if lead else lambda *_, **__: None
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape: find the fastest way once
@@ -355,10 +366,13 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    first = checkpoint["step"] if checkpoint else 0
-    gib, gb = plan.check_memory(model, micro, args), plan.check_space(model, args)
-    plan.check_shared_memory(micro, args)
+    costs = plan.check(model, micro, args)  # what does not fit ends the program here
     network = wrap(model, args, world)
+    about = run_folder.describe(args, model.config, machine.processor(device), world)
+    say(f"commit {about['commit']}, torch {about['torch']}, {about['machine']}")
+    if lead and not checkpoint:
+        say(run_folder.start_folder(out, left_out), end="")
+    say(f"{ops.describe()}\n{summary(model)}\n{plan.about_data(train, test, classes)}")
 
     def stream(step: int, images: int) -> Iterator[data.Batch]:
         return data.batches(
@@ -368,37 +382,18 @@ def main(argv: list[str] | None = None) -> dict:
             cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
-    # Before the first step: what the run will do and what it takes.
-    about = {"args": vars(args), "config": asdict(model.config), "commit": machine.commit()}
-    about |= {"torch": str(torch.__version__)}
-    where = machine.processor(device)
-    say(f"commit {about['commit']}, torch {about['torch']}, {where}, {world} process(es)")
-    if lead:
-        say((run_folder.start_folder(out) if not checkpoint else "") + ops.describe())
-        if left_out:
-            (out / "left_out.txt").write_text(left_out, encoding="utf-8", errors="backslashreplace")
-    say(f"{summary(model)}\n{plan.about_data(train, test, classes)}")
-    seconds = None
+    first, seconds = checkpoint["step"] if checkpoint else 0, None
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.
         probe = min(micro, 8) if device.type == "cpu" else micro
-        batches = stream(0, probe)
-
-        def trial() -> Tensor:
-            logged, _ = forward_backward(network, model, batches, args)
-            update(optimizer, 0, logged, args)
-            return logged["loc"]
-
-        at_least = 3 * (args.minutes or 0)
-        seconds = plan.seconds_per_step(trial, (model, optimizer), at_least) * micro / probe
+        seconds = time_a_step(network, model, optimizer, stream(0, probe), args) * micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / seconds))
-    say(plan.plan(args, len(train), seconds, gib, gb, device))
+    say(plan.plan(args, len(train), seconds, *costs, device))
 
     # The loop. Its numbers stay on a GPU for 20 steps, so that nothing waits for them.
-    log = run_folder.RunLog(args, about | {"machine": where, "processes": world}, first,
-                            every=1 if device.type == "cpu" else 20)  # fmt: skip
-    log.skipped, batches = (checkpoint or {}).get("skipped", 0), stream(first, micro)
+    log = run_folder.RunLog(args, about, first, every=1 if device.type == "cpu" else 20)
+    log.skipped, batches = checkpoint["skipped"] if checkpoint else 0, stream(first, micro)
     with StopSignals() as stop:
         for step in range(first, args.iterations):
             torch.manual_seed(hash((args.seed, step, rank)))  # of dropout and such, if there is any
@@ -409,27 +404,23 @@ def main(argv: list[str] | None = None) -> dict:
                 buffer.copy_(buffer.where(finite, before))
             log.write(step, logged, learning_rate(step, args), [train[i].name for i in rows])
             last = step + 1 == args.iterations
-            if last or (step + 1) % args.save_every == 0 or (stop.number and world == 1):
+            saves = last or (step + 1) % args.save_every == 0
+            if saves or (stop.number and world == 1):  # several ranks stop at a common step
                 log.flush()
-            if lead and (last or (step + 1) % args.save_every == 0 or log.stopping):
-                done = {"step": step + 1, "skipped": log.skipped, "images": len(train)}
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                run_folder.write_checkpoint(out / "last.pt", about | done | state)
+            if lead and (saves or log.stopping):
+                log.save(step + 1, model, optimizer, images=len(train))
                 evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                begin = time.perf_counter()
-                results = measure(model, test, args, rank, world)
-                log.note(step, results, time.perf_counter() - begin)
-                say(f"mAP {results['mAP'] or 0:.4f} after {step + 1} steps")
+                log.measured(step, lambda: measure(model, test, args, rank, world))
             if log.stopping and not last:
                 say(f"stopped after {step + 1} steps; the same command with --resume goes on")
-                sys.exit(128 + stop.number)
+                sys.exit(128 + (stop.number or signal.SIGTERM))
     log.close()
     batches.close()  # its processes end, and their CPU time counts
 
     results = measure(model, test, args, rank, world)
     if lead:
-        run_folder.write_json(out / "results.json", results)
+        log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(evaluation.results_text(results))
         report.write([out], out / "report.html")
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")

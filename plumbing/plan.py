@@ -63,6 +63,13 @@ def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: fl
     return sum(times[1:]) / (len(times) - 1)  # the first one warms up
 
 
+def check(model: nn.Module, micro: int, args: Namespace) -> tuple[float, float]:
+    """(GiB of a step, GB of checkpoints); ValueError for what is not free, with the remedy."""
+    costs = check_memory(model, micro, args), check_space(model, args)
+    check_shared_memory(micro, args)
+    return costs
+
+
 def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
     """Bytes of a step: weights, and what backward needs (counted on the meta device)."""
     seen, total = set(), 0

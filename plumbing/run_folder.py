@@ -18,12 +18,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import Progress, silence_output
 
@@ -40,16 +42,23 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def describe(args: argparse.Namespace, config, where: str, world: int) -> dict:
+    """All that the numbers of a run depend on, as plain data: run.json and every checkpoint."""
+    about = {"args": vars(args), "config": asdict(config), "commit": machine.commit()}
+    about |= {"torch": str(torch.__version__), "processes": world}
+    return about | {"machine": where + (f", {world} processes" if world > 1 else "")}
+
+
 # ------------------------------------------------------------------------------ beginning
 
 
-def start_folder(out: Path) -> str:
-    """Makes the folder of a new run; -> what to say about it.
+def start_folder(out: Path, left_out: str = "") -> str:
+    """Makes the folder of a new run, with what --drop-bad left out; -> what to say about it.
 
     An earlier run that is there moves to OUT-1, OUT-2, ... as a whole. A folder that holds anything
     but a run stays where it is: ValueError if this run would write over something in it.
     """
-    ours = [name for name in FILES if (out / name).exists()]
+    said, ours = "", [name for name in FILES if (out / name).exists()]
     if out.is_dir() and ours:
         others = sorted(p.name for p in out.iterdir() if not is_ours(p))
         here = out.resolve() in (Path.cwd(), *Path.cwd().parents)
@@ -62,10 +71,13 @@ def start_folder(out: Path) -> str:
             )
         names = (out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         aside = out.rename(next(path for path in names if not path.exists()))
-        out.joinpath("detections").mkdir(parents=True)
-        return f"{out} held another run, now in {aside.name} (--resume goes on with a run)\n"
+        said = f"{out} held another run, now in {aside.name} (--resume goes on with a run)\n"
     out.joinpath("detections").mkdir(parents=True, exist_ok=True)
-    return ""
+    if left_out:
+        path = out / "left_out.txt"
+        path.write_text(left_out, encoding="utf-8", errors="backslashreplace")
+        said += f"what --drop-bad left out is listed in {path}\n"
+    return said
 
 
 def is_ours(path: Path) -> bool:
@@ -108,7 +120,7 @@ LENGTH = ("iterations", "minutes")
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def write_checkpoint(path: Path, checkpoint: dict) -> None:
+def write_checkpoint(path: Path, checkpoint: dict, *, keep_previous: bool = True) -> None:
     """Write it whole or not at all; the one before it becomes previous.pt.
 
     At any moment at which the machine may die, last.pt is a whole checkpoint.
@@ -119,7 +131,7 @@ def write_checkpoint(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.exists() and keep_previous:
             older = path.with_name("previous.tmp")
             older.unlink(missing_ok=True)
             try:
@@ -157,7 +169,8 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace, about: dict, first: int, *, every: int):
-        self.args, self.out, self.every, self.pending = args, Path(args.out), every, []
+        self.args, self.about, self.out = args, about, Path(args.out)
+        self.every, self.pending = every, []
         self.first, self.begin, self.skipped, self.stopping = first, time.perf_counter(), 0, False
         self.lead = not dist.is_initialized() or dist.get_rank() == 0
         self.file, self.progress = None, None
@@ -207,13 +220,25 @@ class RunLog:
                 silence_output()
                 self.stopping = True
 
-    def note(self, step: int, results: dict, seconds: float) -> None:
-        """A measurement on the way, which took so long: mAP by its names, and the cost."""
-        self.begin += seconds
+    def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
+        """last.pt after `step` steps; at the end with the results, which go to results.json."""
+        done = {"step": step, "skipped": self.skipped, "images": images, "results": results}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        last = self.out / "last.pt"
+        write_checkpoint(last, self.about | done | state, keep_previous=not results)
+        if results:
+            write_json(self.out / "results.json", results)
+
+    def measured(self, step: int, measure: Callable[[], dict]) -> None:
+        """Measures on the way: mAP by its names, and the cost, into the log."""
+        begin = time.perf_counter()
+        results = measure()
+        self.begin += time.perf_counter() - begin  # the time of no step
         if self.file:
             numbers = {k: v for k, v in results.items() if k.startswith("mAP")}
             numbers["cpu_minutes"] = results["cpu_minutes"]
             self.file.write(json.dumps({"step": step} | numbers) + "\n")
+            print(f"\nmAP {results['mAP'] or 0:.4f} after {step + 1} steps")
 
     def report_nonfinite(self, line: dict, images: list[str]) -> None:
         """A loss or gradient that is not a number: stop the run, or report and go on."""
