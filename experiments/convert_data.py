@@ -27,7 +27,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from plumbing.coco import read_coco
-from plumbing.files import Findings, Record, exif_orientation, one_form, open_image
+from plumbing.files import Findings, Record, exif_orientation, on_disk, open_image, to_disk
 from plumbing.sources import add_data_flags, kind_of, open_data, relabel, sets_there
 from plumbing.voc import read_voc
 from plumbing.yolo import read_yolo
@@ -47,6 +47,7 @@ def text_of(value: float) -> str:
 
 
 def write(path: Path, text: str) -> None:
+    path = Path(to_disk(str(path)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -153,7 +154,7 @@ def name_pictures(sets: dict[str, list[Record]]) -> dict[str, list[Picture]]:
         new[name] = []
         for record in records:
             if record.path not in names:
-                stem, n = one_form(record.path.stem), 1
+                stem, n = on_disk(record.path.stem), 1
                 while (unique := stem if n == 1 else f"{stem}-{n}").casefold() in taken:
                     n += 1
                 names[record.path] = unique
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     sources = {p.file: p.record.path for some in pictures.values() for p in some}
     turned = 0
     for file, path in sources.items():
-        (os.link if args.link else shutil.copyfile)(path, folder / file)
+        (os.link if args.link else shutil.copyfile)(path, folder / to_disk(file))
         if args.to == "yolo":
             with open_image(path) as image:
                 turned += exif_orientation(image) in range(2, 9)

@@ -248,6 +248,11 @@ def on_disk(name: str) -> str:
     return one_form(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
+def to_disk(name: str) -> str:
+    """A name as Python needs it to write a file, in any locale: the reverse of `on_disk`."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def spellings(name: str, roles: tuple[str, ...] = ()) -> Iterator[str]:
     """The keys of `index_files` under which a name from a file may be found, the likeliest first:
     as it is; with slashes for backslashes; without "./" and the folders that are roles."""

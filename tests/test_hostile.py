@@ -21,6 +21,7 @@ from trees import (
     write_coco,
     xml_of,
 )
+from trees import picture as picture_of
 
 import data
 from plumbing.files import (
@@ -425,3 +426,41 @@ def test_findings_collect_or_raise():
 def test_every_format_is_known_to_pillow():
     Image.init()
     assert set(FORMATS) <= set(Image.OPEN)
+
+
+READ = """
+import sys
+from trees import flags
+from plumbing.sources import open_data
+from plumbing.files import to_disk
+for flag, root in zip(sys.argv[1::2], sys.argv[2::2]):
+    classes = "auto" if flag == "voc_root" else None
+    (record,), names = open_data(flags(**{flag: root}, classes=classes), ["mine"])
+    print(ascii(names), record.size, record.labels.tolist())
+    (record.path.parent / to_disk("\\u87ba\\u6813.txt")).touch()
+"""
+
+
+def test_any_locale_reads_the_same(tmp_path):
+    """In the locale C Python reads file names as bytes; what files say is UTF-8 all the same."""
+    voc, coco, yolo = (tmp_path / name for name in ("voc", "coco", "yolo"))
+    for path in (voc / "JPEGImages", coco / "mine", yolo / "images/mine"):
+        picture_of(path / "\u00e9crou.jpg")
+    write(voc / "Annotations/\u00e9crou.xml", xml_of(an_object("\u00e9crou")))
+    write(voc / "ImageSets/Main/mine.txt", "\u00e9crou\n")
+    content = make_coco(tmp_path)[1]
+    content["images"][0]["file_name"] = "\u00e9crou.jpg"
+    write_coco(coco, content, "mine")
+    write(yolo / "labels/mine/\u00e9crou.txt", "0 0.5 0.5 0.5 0.5")
+    write(yolo / "data.yaml", "names: [\u00e9crou]")
+    words = [w for root in (voc, coco, yolo) for w in (f"{root.name}_root", str(root))]
+    said, bytes_only = [], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for more in (bytes_only, {"PYTHONUTF8": "1"}):
+        environment = os.environ | more | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-c", READ, *words], capture_output=True, text=True,
+                              env=environment, timeout=120)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert said[0].count("crou") == 2  # and COCO's dog
+    assert (voc / "JPEGImages/\u87ba\u6813.txt").exists()
