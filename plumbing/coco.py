@@ -426,8 +426,9 @@ def read_coco(
 
 
 def category_ids(root: str | Path, split: str) -> dict[str, int]:
-    """{class name: the id that the file gives it}, for results in COCO's own ids."""
-    found = Findings(collect=True)
-    listing = read_listing(find_listing(root, split, annotated=False)[0], found)
-    used = Counter(entry.category for entry in listing.entries)
-    return {name: category for category, name in classes_of(listing, used, found).items()}
+    """{class name: the id that the file gives it}, for results in COCO's own ids. Of two of one
+    name it is the one that has boxes."""
+    listing = read_listing(find_listing(root, split, annotated=False)[0], Findings(collect=True))
+    used = {entry.category for entry in listing.entries}
+    categories = sorted(listing.categories, key=lambda category: category[0] in used)
+    return {name: category for category, name, _ in categories}

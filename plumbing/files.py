@@ -151,11 +151,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file."""
+    """The content of a text file in UTF-8, or in UTF-16, which Windows' PowerShell writes."""
+    data = read_bytes(Path(path))
     try:
-        return read_bytes(Path(path)).decode("utf-8-sig")
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadData(path, f"not UTF-8 text ({error})") from None
+        raise BadData(path, f"not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:
@@ -214,9 +215,14 @@ def index_files(
     Mac's "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"):
     they are left out of the keys, so that a picture and its labels have the same one.
     """
-    files = []
+    files, seen = [], set()
     top = str(folder)
     for place, folders, names in os.walk(top, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen and status.st_ino:  # links in a circle
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         inside = os.path.relpath(place, top)
         parts = [] if inside == "." else [on_disk(part) for part in inside.split(os.sep)]
         folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")

@@ -182,6 +182,23 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
     raise BadData(f"--yolo-root {root}", f"{what}; expected the class names: --classes FILE")
 
 
+def which_names(
+    root: Path, settings: dict, file: Path | None, classes: Iterable[str] | None
+) -> tuple[list[str], object]:
+    """`names_of`, or `classes` where the data has no names; both must be the same."""
+    if classes is None:
+        return names_of(root, settings, file)
+    classes = list(classes)
+    try:
+        names, source = names_of(root, settings, file)
+    except BadData:
+        return classes, "--classes"
+    if names != classes:
+        what = f"{source} lists {', '.join(names)}: leave --classes out"
+        raise BadData(f"--classes {', '.join(classes)}", what)
+    return names, source
+
+
 def pictures_of(root: Path) -> dict[str, Path]:
     """{"train/a.jpg": path, ...}"""
     return index_tree(root, SUFFIXES, IMAGE_FOLDERS, LABEL_FOLDERS)
@@ -355,7 +372,7 @@ def read_yolo(
             else:
                 seen[key] = where
                 images.append(key)
-    names, source = (list(classes), "--classes") if classes else names_of(root, settings, file)
+    names, source = which_names(root, settings, file, classes)
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise BadData(source, f"class {twice!r} is there twice")

@@ -81,6 +81,16 @@ def test_lists_as_people_write_them(voc, line):
     assert [record.name for record in records] == ["a", "b"]
 
 
+def test_a_list_of_powershell_and_links_in_a_circle(voc):
+    write(voc / "ImageSets/Main/mine.txt", "a\r\nb\r\n".encode("utf-16"))
+    for folder in ("JPEGImages", "Annotations"):
+        for name in ("round", "and round"):
+            (voc / folder / name).symlink_to(voc / folder)
+    records, _ = read_voc(voc.parent, ["2007:mine"])
+    assert [record.path for record in records] == [voc / f"JPEGImages/{n}.jpg" for n in "ab"]
+    assert len(read_voc(voc, ["all"])[0]) == 2
+
+
 def test_other_suffixes_and_names_with_spaces(voc):
     picture(voc / "JPEGImages/my dog 1.PNG", mode="L")
     (voc / "Annotations/my dog 1.xml").write_text(xml_of(an_object()))

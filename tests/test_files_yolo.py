@@ -86,7 +86,7 @@ def test_one_cause_is_one_error(yolo, capsys):
 
 
 def test_bad_files(yolo):
-    write(yolo / "labels/train/a.txt", b"\xff\xfe0\0")
+    write(yolo / "labels/train/a.txt", b"\xff0")
     with pytest.raises(BadData, match="a.txt: not UTF-8 text"):
         read_yolo(yolo, ["train"])
     write(yolo / "labels/train/a.txt", "")
@@ -147,6 +147,12 @@ def test_where_the_names_are(yolo, file, text):
         return
     write(yolo / file, text)
     assert read_yolo(yolo, ["train"])[1] == ["bolt", "nut"]
+
+
+def test_classes_that_are_not_those_of_the_data(yolo):
+    assert read_yolo(yolo, ["train"], ["bolt", "nut"])[1] == ["bolt", "nut"]
+    with pytest.raises(BadData, match="--classes nut, bolt: .*data.yaml lists bolt, nut: leave --"):
+        read_yolo(yolo, ["train"], ["nut", "bolt"])
 
 
 def test_names_with_marks(yolo):
