@@ -32,6 +32,7 @@ from plumbing.files import (
     open_record,
     stays_inside,
 )
+from plumbing.pictures import GREEN
 from plumbing.voc import read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -410,7 +411,7 @@ def test_the_sheet_shows_24_augmented_images(voc, tmp_path, capsys):
     assert "24 of 2 images, 20 classes, ssd" in out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.width / 6, sheet.height / 4) >= 300
-        green = (np.asarray(sheet) == data.GREEN).all(axis=2)
+        green = (np.asarray(sheet) == GREEN).all(axis=2)
         assert green.sum() > 2000
 
 
