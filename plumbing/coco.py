@@ -27,17 +27,18 @@ from plumbing.files import (
     check_size,
     check_units,
     crosses,
-    in_part,
     index_files,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_bytes,
     spellings,
     split_of,
     stays_inside,
+    stem_of,
     suggest,
     whole,
 )
@@ -297,20 +298,22 @@ def to_records(
     paths = find_pictures(listing.images, folders, path)
     images: dict[int, tuple[Path, tuple[int, int]]] = {}
     names: set[str] = set()
+    chosen = part_of([stem_of(image[1]) for image in listing.images], part)
     for image_id, name, width, height in listing.images:
         where = f"{path} image {image_id}"
         try:
             if image_id in images or name in names:
                 continue  # said above
+            if stem_of(name) not in chosen:
+                continue
             names.add(name)
             if not stays_inside(name):
                 what = f"file name {name[:60]!r} leaves its folder"
                 raise BadData(where, what, "name that leaves its folder")
             if name not in paths:
                 raise BadData(where, f"no image {folders[0] / name}", "missing image")
-            if in_part(paths[name], part):
-                size = size_of(width, height, paths[name], where, found)
-                images[image_id] = paths[name], size
+            size = size_of(width, height, paths[name], where, found)
+            images[image_id] = paths[name], size
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)
     objects = boxes_of(listing, images, labels, found)

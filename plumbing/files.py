@@ -278,12 +278,18 @@ def split_of(name: str) -> tuple[str, str]:
     return name, part
 
 
-def in_part(path: Path, part: str) -> bool:
-    """Whether an image is in this part of its set: a hash of its name puts one of five into "val",
-    the others into "train"; on any machine and whatever other images there are."""
-    return not part or (zlib.crc32(on_disk(path.stem).encode("utf-8", "replace")) % 5 == 0) == (
-        part == "val"
-    )
+def part_of(stems: Iterable[str], part: str) -> set[str]:
+    """Which images of a set are in its part "train" or "val" (or "", all), by their names without
+    folder and suffix. "val" is the fifth with the smallest hashes, the same on any machine and in
+    any format of the data set."""
+    stems = sorted(set(stems), key=lambda stem: (zlib.crc32(stem.encode("utf-8", "replace")), stem))
+    cut = 0 if not part else max(1, round(len(stems) / 5))
+    return set(stems[:cut] if part == "val" else stems[cut:])
+
+
+def stem_of(name: str) -> str:
+    """The name of a picture without folder and suffix."""
+    return one_form(name).replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
 
 
 def suggest(sets: list[str]) -> str:

@@ -14,6 +14,7 @@ Other tools write the same XML into other folders. All of these are read, too:
 `<filename>`, `<path>` and `<folder>` are not used: they are of the disk of whoever drew the boxes.
 """
 
+import contextlib
 import glob
 import re
 from collections.abc import Iterable, Sequence
@@ -32,13 +33,13 @@ from plumbing.files import (
     check_size,
     check_units,
     crosses,
-    in_part,
     index_tree,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_bytes,
     read_lines,
     spellings,
@@ -320,11 +321,18 @@ def read_set(
     by_id = {key.rpartition(".")[0]: path for key, path in pictures.items()}
     by_id |= {key[:-4]: path for key, path in pictures.items() if key.lower().endswith(".jpg")}
     lines = names_in(tree, listing, pictures, xmls, annotated)
+
+    def last_names():
+        for line, where in lines if part else ():
+            with contextlib.suppress(BadData):  # said below
+                yield find_image(line, where, pictures, by_id)[0].rpartition("/")[2]
+
+    chosen = part_of(last_names(), part)
     images, bare = [], []
     for line, where in lines:
         try:
             image_id, path = find_image(line, where, pictures, by_id)
-            if part and path and not in_part(path, part):
+            if part and image_id.rpartition("/")[2] not in chosen:
                 continue
             xml = xmls.get(image_id, tree / "Annotations" / f"{image_id}.xml")
             if xml in seen:

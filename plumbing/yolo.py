@@ -30,18 +30,19 @@ from plumbing.files import (
     Record,
     check_box,
     exif_orientation,
-    in_part,
     index_tree,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_lines,
     read_text,
     spellings,
     split_of,
     stays_inside,
+    stem_of,
     suggest,
 )
 
@@ -361,11 +362,13 @@ def read_yolo(
     images, seen = [], {}
     for name in sets:
         name, part = split_of(name)
-        for key, where in find_set(root, name, pictures, settings):
+        listed = find_set(root, name, pictures, settings)
+        chosen = part_of([stem_of(key) for key, _ in listed], part)
+        for key, where in listed:
+            if stem_of(key) not in chosen:
+                continue
             if key not in pictures:
                 found.refuse(where, f"no image {key[:200]}", "missing image")
-            elif not in_part(pictures[key], part):
-                continue
             elif key in seen:
                 what = f"{key} is listed twice, first at {seen[key]}"
                 found.refuse(where, what, "image listed twice")

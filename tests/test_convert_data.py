@@ -125,6 +125,7 @@ def test_pictures_of_one_name_and_sets_that_are_no_file_names(voc, tmp_path):
         (voc / folder / "cam").mkdir()
         (voc / folder / "cam" / name).write_bytes((voc / folder / name).read_bytes())
     picture(voc / "JPEGImages/A.png")
+    write(voc / "Annotations/b.xml", xml_of(an_object()))
     write(voc / "Annotations/A.xml", xml_of(an_object()))
     write(voc / "ImageSets/Main/trainval.txt", "a\nA\ncam/a\nb\n")
     sets = ["2007:trainval", "2007:trainval@val"]

@@ -292,7 +292,7 @@ MUTANTS = [
            "corners = x, y, x + bw, y + bh",
            "test_files_yolo.py", "good_tree"),
     Mutant("train and val share images", "plumbing/files.py",
-           "    return not part or ", "    return part == 'train' or not part or ",
+           'if part == "val" else stems[cut:]', 'if part == "val" else stems',
            "test_files_voc.py", "parts_of_a_set"),
     Mutant("a download is not checked", "plumbing/fetch.py",
            "if digest.hexdigest() != archive.md5:", "if False:",
