@@ -292,15 +292,22 @@ def stem_of(name: str) -> str:
     return one_form(name).replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
 
 
-def suggest(sets: list[str]) -> str:
-    """The sets that are there, and the flags that name two of them, for an error message."""
-    train = next((name for name in sets if name.rpartition(":")[2].startswith("train")), sets[0])
-    rest = [name for name in sets if name != train]
-    test = next((n for n in rest if n.rpartition(":")[2].startswith(("val", "test"))), None)
-    test = test or (rest[0] if rest else "")
-    if not test:  # there is one set: four fifths of it, and the rest
-        train, test = f"{train}@train", f"{train}@val"
-    return f"Sets there: {' '.join(sets)}. Name them: --train-sets {train} --eval-sets {test}"
+def suggest(sets: list[str], everything: str = "") -> str:
+    """The sets that are there and the flags to name them, for an error message. `everything`: the
+    name of the set of all images, if there is one."""
+
+    def first(*starts: str) -> str:
+        names = (name for name in sets if name.rpartition(":")[2].casefold().startswith(starts))
+        return next(names, "")
+
+    train, test = first("train"), first("val", "test")
+    if len(sets) == 1:  # four fifths of it, and the rest
+        train, test = f"{sets[0]}@train", f"{sets[0]}@val"
+    text = f"Sets there: {' '.join(sets)}. Choose: --train-sets {train or 'SET'} "
+    text += f"--eval-sets {test or 'SET'}"
+    if everything and not (train and test):
+        text += f", or --train-sets {everything}@train --eval-sets {everything}@val"
+    return text
 
 
 # ------------------------------------------------------------------------------ numbers and boxes

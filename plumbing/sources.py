@@ -79,6 +79,16 @@ def sets_there(args: Namespace) -> list[str]:
     return readers.get(kind, voc).list_sets(root_of(args)) or SETS[kind][0]
 
 
+def kind_that_is_there(root: Path, kind: str) -> str:
+    """The other format that a folder seems to have, or "": for an error message."""
+    if kind != "coco" and coco.list_sets(root):
+        return "coco"
+    if kind != "voc" and kind != "shapes" and voc.list_sets(root):
+        return "voc"
+    has_names = any(Path(root, name).is_file() for name in ("data.yaml", *yolo.NAME_FILES))
+    return "yolo" if kind != "yolo" and has_names and yolo.labels_of(root) else ""
+
+
 def from_run(args: Namespace, saved: dict) -> tuple[Namespace, list[str], int | None]:
     """What to measure a checkpoint on: the flags, and where they say nothing, the data of its run
     (`saved`: the checkpoint's args). -> (args for open_data, sets, how many of their images or
@@ -115,16 +125,22 @@ def open_data(
     if kind == "coco" and file not in (None, "auto"):
         raise ValueError(f"--classes {file}: COCO's files list their own; leave it out")
     names = None if file in (None, "auto") else read_classes(file)
-    if kind == "coco":
-        records, names = coco.read_coco(root, sets, found, annotated=annotated)
-    elif kind == "yolo":
-        records, names = yolo.read_yolo(root, sets, names, found, annotated=annotated)
-    else:
-        if classes is not None:
-            names = None  # any, to be compared with those of the network
-        elif file is None:
-            names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
-        records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
+    try:
+        if kind == "coco":
+            records, names = coco.read_coco(root, sets, found, annotated=annotated)
+        elif kind == "yolo":
+            records, names = yolo.read_yolo(root, sets, names, found, annotated=annotated)
+        else:
+            if classes is not None:
+                names = None  # any, to be compared with those of the network
+            elif file is None:
+                names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
+            records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
+    except BadData as error:
+        if error.where.startswith("--") and (other := kind_that_is_there(root, kind)):
+            what = f"{error.what}. It looks like {other.upper()}: --{other}-root {root}"
+            raise BadData(error.where, what) from None
+        raise
     if found.drop:
         records = leave_out_unreadable(records, found)
     if classes is not None:

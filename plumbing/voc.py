@@ -253,7 +253,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
             message += f" Sets there: {' '.join(there)}. To train without VOC2012: "
             message += "--train-sets 2007:trainval"
         else:
-            message += f" {suggest(there)}"
+            message += f" {suggest(there, 'all')}"
     raise BadData(f"--voc-root {root}", message)
 
 
@@ -398,7 +398,9 @@ def to_records(images: Sequence[tuple], classes: list[str], found: Findings) -> 
             what = f"class {name!r}{more}: background is what no box covers, not a class"
             found.refuse(places[0], what, "class named background", len(places))
         else:
-            what = f"class {name[:60]!r} is none of {', '.join(classes)}; --classes FILE{more}"
+            what = (
+                f"class {name[:60]!r} is none of {', '.join(classes)}; --classes auto or FILE{more}"
+            )
             found.refuse(places[0], what, "unknown class", len(places))
     labels = {name: label for label, name in enumerate(classes, start=1)}
     records = []

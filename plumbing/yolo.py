@@ -278,7 +278,7 @@ def find_set(
             "rest"
         )
     else:
-        message += f". {suggest(there)}"
+        message += f". {suggest(there, 'all')}"
     raise BadData(f"--yolo-root {root}", message)
 
 

@@ -194,9 +194,7 @@ def test_missing_coco(coco):
     with pytest.raises(ValueError, match="expected a name such as train2017"):
         read_coco(root, ["../train2017"])
     write_coco(root, content)
-    message = (
-        "Sets there: train2017. Name them: --train-sets train2017@train --eval-sets train2017@"
-    )
+    message = "Sets there: train2017. Choose: --train-sets train2017@train --eval-sets train2017@"
     with pytest.raises(ValueError, match=message):
         read_coco(root, ["train"])
     with pytest.raises(ValueError, match="--classes names: COCO's files list their own"):

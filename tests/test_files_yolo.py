@@ -4,7 +4,19 @@ import unicodedata
 
 import pytest
 from PIL import Image
-from trees import bounded, drop, flags, listed, make_yolo, picture, run_check, write
+from trees import (
+    bounded,
+    drop,
+    flags,
+    listed,
+    make_coco,
+    make_voc,
+    make_yolo,
+    picture,
+    run_check,
+    write,
+    write_coco,
+)
 
 from plumbing.files import BadData
 from plumbing.sources import kind_of, open_data
@@ -273,9 +285,7 @@ def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):
         read_yolo("/nowhere", ["train"])
     with pytest.raises(BadData, match="no pictures below it"):
         read_yolo(tmp_path_factory.mktemp("empty"), ["train"])
-    with pytest.raises(
-        BadData, match="no set 'test'.*Sets there: train val. Name them: --train-sets"
-    ):
+    with pytest.raises(BadData, match="no set 'test'.*Sets there: train val. Choose: --train-sets"):
         read_yolo(yolo, ["test"])
     for name in ("../train", "/etc/passwd", ""):
         with pytest.raises(ValueError, match="expected a name such as train"):
@@ -290,6 +300,18 @@ def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):
     write(yolo / "train.txt", "\n")
     with pytest.raises(BadData, match="train.txt: lists no images"):
         read_yolo(yolo, ["train"])
+
+
+def test_a_root_of_another_format_is_said(yolo, tmp_path_factory):
+    coco, content = make_coco(tmp_path_factory.mktemp("coco"))
+    write_coco(coco, content)
+    voc = make_voc(tmp_path_factory.mktemp("voc"))
+    roots = {"voc": voc, "coco": coco, "yolo": yolo}
+    for kind in roots:
+        for other in roots.keys() - {kind}:
+            message = f"It looks like {other.upper()}: --{other}-root {roots[other]}"
+            with pytest.raises(BadData, match=message):
+                open_data(flags(**{f"{kind}_root": roots[other]}), ["some"])
 
 
 def test_names_from_a_mac(yolo):

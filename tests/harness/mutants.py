@@ -293,7 +293,7 @@ MUTANTS = [
            "test_files_yolo.py", "good_tree"),
     Mutant("train and val share images", "plumbing/files.py",
            'if part == "val" else stems[cut:]', 'if part == "val" else stems',
-           "test_files_voc.py", "parts_of_a_set"),
+           "test_files_layouts.py", "parts_of_a_set"),
     Mutant("a download is not checked", "plumbing/fetch.py",
            "if digest.hexdigest() != archive.md5:", "if False:",
            "test_fetch.py", "lies or never_removed"),
