@@ -49,6 +49,9 @@ OTHERS = {  # a key of a JSON file that is not COCO's: who writes it, and what t
     "_via_settings": "a project of VIA: export the annotations as COCO",
     "item": "Darwin's own format: export as COCO",
     "samples": "fiftyone's own format: export as COCODetectionDataset",
+    "objects": "Supervisely's own format: export as COCO or Pascal VOC",
+    "data": "Label Studio's own format: export as COCO",
+    "image": "CreateML's: export as COCO",
 }
 
 
@@ -83,14 +86,43 @@ def listings(root: str | Path) -> dict[str, Path]:
     root = Path(root)
     if not root.is_dir():
         return {}
-    there = {path.stem: path for path in sorted(root.glob("*.json")) if path.name[0] != "."}
+    there = {path.stem: path for path in sorted(root.glob("*.json")) if seems_coco(path)}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = [path for path in sorted(folder.glob("*.json")) if path.name[0] != "."]
+        files = list(filter(seems_coco, sorted(folder.glob("*.json"))))
         if folder.name.lower() in ("annotations", "annotation"):
             there |= {path.stem.removeprefix("instances_"): path for path in files}
         elif len(files) == 1:
             there[folder.name] = files[0]
     return there
+
+
+def seems_coco(path: Path) -> bool:
+    """Whether a JSON file may be a listing, by its name or its beginning: a folder may hold one
+    JSON per image, of other tools."""
+    if path.name[0] == "." or not path.is_file():
+        return False
+    if path.name.startswith(("instances", "_annotations.coco")):
+        return True
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    return b'"images"' in start or b'"annotations"' in start
+
+
+def others_format(root: Path) -> str:
+    """Who wrote the JSON files of a folder that are not COCO's, and what to do; or ""."""
+    for path in (*sorted(root.glob("*.json"))[:1], *sorted(root.glob("*/*.json"))[:3]):
+        try:
+            if path.stat().st_size < 64 << 20 and (who := whose(json.loads(read_bytes(path)))):
+                return f"{path} is {who}"
+        except (OSError, ValueError, RecursionError):
+            continue
+    return ""
+
+
+def whose(data: object) -> str:
+    """Of what is in a JSON file: whose format it is, if it is known."""
+    data = data[0] if isinstance(data, list) and data else data
+    return next((who for key, who in OTHERS.items() if isinstance(data, dict) and key in data), "")
 
 
 def list_sets(root: str | Path) -> list[str]:
@@ -122,6 +154,8 @@ def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[
     message += "" if annotated else " (a test set without annotations: eval.py --results takes it)"
     if there := list_sets(root):
         message += f". {suggest(there)}"
+    elif who := others_format(root):
+        message += f". {who}"
     raise BadData(f"--coco-root {root}", message)
 
 
@@ -173,9 +207,8 @@ def read_listing(path: Path, found: Findings) -> Listing:
             if not isinstance(data[kind], list):
                 raise TypeError(f"{kind} must be a list")
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(data, dict):
-            what = next((f"it is {who}" for key, who in OTHERS.items() if key in data), what)
+        who = whose(data)
+        what = f"it is {who}" if who else f"{type(error).__name__}: {error}"
         raise BadData(path, f"not an instances file of COCO ({what})") from None
 
     def rows(kind: str, take: Callable[[dict], tuple]) -> list[tuple]:

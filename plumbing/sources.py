@@ -79,14 +79,18 @@ def sets_there(args: Namespace) -> list[str]:
     return readers.get(kind, voc).list_sets(root_of(args)) or SETS[kind][0]
 
 
-def kind_that_is_there(root: Path, kind: str) -> str:
-    """The other format that a folder seems to have, or "": for an error message."""
-    if kind != "coco" and coco.list_sets(root):
-        return "coco"
-    if kind != "voc" and kind != "shapes" and voc.list_sets(root):
-        return "voc"
-    has_names = any(Path(root, name).is_file() for name in ("data.yaml", *yolo.NAME_FILES))
-    return "yolo" if kind != "yolo" and has_names and yolo.labels_of(root) else ""
+def other_format(root: Path, kind: str) -> str:
+    """For an error message: the other format that a folder seems to have, or ""."""
+    has_names = any((root / name).is_file() for name in ("data.yaml", *yolo.NAME_FILES))
+    there = {
+        "yolo": has_names and yolo.labels_of(root),
+        "coco": coco.list_sets(root),
+        "voc": kind != "shapes" and voc.list_sets(root),
+    }
+    for other, found in there.items():
+        if found and other != kind:
+            return f"It looks like {other.upper()}: --{other}-root {root}"
+    return coco.others_format(root) if kind != "coco" else ""
 
 
 def from_run(args: Namespace, saved: dict) -> tuple[Namespace, list[str], int | None]:
@@ -137,10 +141,10 @@ def open_data(
                 names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
             records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
     except BadData as error:
-        if error.where.startswith("--") and (other := kind_that_is_there(root, kind)):
-            what = f"{error.what}. It looks like {other.upper()}: --{other}-root {root}"
-            raise BadData(error.where, what) from None
-        raise
+        hint = other_format(root, kind) if error.where.startswith("--") else ""
+        if not hint:
+            raise
+        raise BadData(error.where, f"{error.what}. {hint}") from None
     if found.drop:
         records = leave_out_unreadable(records, found)
     if classes is not None:

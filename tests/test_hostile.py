@@ -150,15 +150,15 @@ def test_truncated_images(voc, keep):
 
 @pytest.mark.filterwarnings("ignore")  # Pillow on broken TIFF tags
 def test_spoiled_images_never_escape_as_another_error(voc):
-    """Bytes changed at random: the image loads, or BadData names it; 300 files."""
+    """Bytes changed at random: the image loads, or BadData names it; 30 of each format."""
     rng, path = np.random.default_rng(1), voc / "JPEGImages/a.jpg"
     record = read_voc(voc, ["trainval"])[0][0]
     picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     refused = 0
-    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+    for kind in FORMATS:
         picture.save(path, format=kind)
         good = np.frombuffer(path.read_bytes(), np.uint8)
-        for _ in range(50):
+        for _ in range(30):
             bad = good.copy()
             where = rng.integers(0, min(len(bad), 600), rng.integers(1, 12))
             bad[where] = rng.integers(0, 256, len(where))
@@ -256,9 +256,11 @@ def test_exif_orientation_is_not_applied_and_a_rotated_size_is_refused(voc):
 
 
 @pytest.mark.parametrize("turn", range(10))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_pixels_are_the_stored_ones_or_refused(voc, kind, turn):
     """Pillow turns a TIFF while it decodes, and nothing else."""
+    if kind not in FORMATS:
+        pytest.skip(f"this Pillow has no {kind}")
     image, exif = Image.new("RGB", (60, 40), "black"), Image.Exif()
     image.paste("white", (0, 0, 20, 10))
     exif[0x0112] = turn
