@@ -75,7 +75,7 @@ class BadData(ValueError):
         self.where, self.what, self.kind = str(where), what, kind
 
     def __str__(self) -> str:
-        hint = " (to train on the rest: --drop-bad)" if self.kind else ""
+        hint = " (--drop-bad leaves out what is bad)" if self.kind else ""
         return f"{self.where}: {self.what}{hint}"
 
 
@@ -303,7 +303,8 @@ def suggest(sets: list[str], everything: str = "") -> str:
     train, test = first("train"), first("val", "test")
     if len(sets) == 1:  # four fifths of it, and the rest
         train, test = f"{sets[0]}@train", f"{sets[0]}@val"
-    text = f"Sets there: {' '.join(sets)}. Choose: --train-sets {train or 'SET'} "
+    more = f" and {len(sets) - 20} more" if len(sets) > 20 else ""
+    text = f"Sets there: {' '.join(sets[:20])}{more}. Choose: --train-sets {train or 'SET'} "
     text += f"--eval-sets {test or 'SET'}"
     if everything and not (train and test):
         text += f", or --train-sets {everything}@train --eval-sets {everything}@val"

@@ -15,6 +15,7 @@ An image whose label file is empty or missing has no objects; missing ones are c
 An image that its EXIF turns is refused: some tools measure the stored picture, some the turned one.
 """
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ from plumbing.files import (
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations")
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "darknet.labels", "labels.txt")
+MANY = 20  # lines with the same fault: it is said once
 NO_LABELS = ("classes.txt", "labels.txt", "readme.txt", "notes.txt")
 
 # ------------------------------------------------------------------------------ data.yaml
@@ -173,8 +175,6 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
         names = [name for _, name in numbers]
     if isinstance(names, list) and names:
         return [one_form(name) for name in names], file
-    if isinstance(names, str) and names:  # obj.data: names = data/obj.names
-        names = None
     for folder in (root, root / "labels", root / "images", *sorted(root.glob("obj_*_data"))):
         there = [folder / name for name in NAME_FILES] + sorted(folder.glob("*.names"))
         for path in filter(Path.is_file, there):
@@ -220,9 +220,10 @@ def list_sets(root: str | Path) -> list[str]:
     tails, stems = tails_of(pictures), {key.rpartition(".")[0] for key in pictures}
     for path in sorted(root.glob("*.txt")):  # of which some are labels of pictures beside them
         if path.name[0] != "." and path.name.lower() not in NO_LABELS and path.stem not in stems:
-            first = next(iter(read_lines(path)), ("", ""))[0]
-            if key_of(first, pictures, tails) in pictures:
-                lists.append(path.stem)
+            with contextlib.suppress(BadData):  # no text
+                first = next(iter(read_lines(path)), ("", ""))[0]
+                if key_of(first, pictures, tails) in pictures:
+                    lists.append(path.stem)
     folders = sorted({key.partition("/")[0] for key in pictures if "/" in key})
     return lists or folders or ["all"] * bool(pictures)
 
@@ -307,9 +308,10 @@ def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) 
 
 def read_labels(
     path: Path, size: tuple[int, int], names: Sequence[str], pose: bool, found: Findings,
-    unknown: dict[str, list[str]],
+    bad: dict[str, list[tuple[str, str]]], unknown: dict[str, list[str]],
 ) -> list[tuple[int, list[float]]]:  # fmt: skip
-    """[(class, box xyxy in pixels), ...] of one label file. `pose`: keypoints follow each box."""
+    """[(class, box xyxy in pixels), ...] of one label file. `pose`: keypoints follow each box.
+    Lines that are not YOLO's go into `bad`, classes without a name into `unknown`."""
     rows, (w, h) = [], size
     for line, where in read_lines(path):
         words = line.split()
@@ -326,7 +328,7 @@ def read_labels(
         elif max(values[1:] if polygon else values[1:5]) > 2:
             what = "expected fractions of the image, from 0 to 1; are these pixels?"
         if what:
-            found.refuse(where, f"{what}; got {line[:100]!r}", "line that is not YOLO's")
+            bad.setdefault(what, []).append((where, line))
             continue
         number_ = int(values[0])
         if number_ >= len(names):
@@ -381,8 +383,9 @@ def read_yolo(
         raise BadData(source, f"class {twice!r} is there twice")
     note_similar(names, source, found)
 
+    bad: dict[str, list[tuple[str, str]]] = {}  # what -> (where, line)
     unknown: dict[str, list[str]] = {}
-    rows = []
+    pose, rows = "kpt_shape" in settings, []
     for key in images:
         path, labels = pictures[key], label_files.get(key.rpartition(".")[0])
         try:
@@ -396,12 +399,19 @@ def read_yolo(
                     found.handle(path, "pictures without a label file, taken as without objects")
                 objects = []
             else:
-                objects = read_labels(labels, size, names, "kpt_shape" in settings, found, unknown)
+                objects = read_labels(labels, size, names, pose, found, bad, unknown)
                 if not objects:
                     found.note(labels, "no objects")
             rows.append((key.rpartition(".")[0], path, size, objects))
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)
+    for what, lines in bad.items():
+        count = len(lines)
+        if count > MANY:  # one cause
+            lines = [(lines[0][0], f"{lines[0][1]}, and in {count - 1} other lines")]
+        for where, line in lines:
+            text = f"{what}; got {line[:100]!r}"
+            found.refuse(where, text, "line that is not YOLO's", count // len(lines))
     for what, places in unknown.items():
         more = f" ({len(places)} objects)" if len(places) > 1 else ""
         what = f"{what}{more} is none of the {len(names)} of {source}, 0 to {len(names) - 1}"

@@ -95,6 +95,11 @@ def test_one_cause_is_one_error(yolo, capsys):
     status, out = run_check(capsys, sets=["train"], yolo_root=yolo)
     assert out.count("refused ") == 1
     assert listed(out, "refused", r"\S+a.txt:1  class 7 \(30 objects\) is none of the 2")
+    write(yolo / "labels/train/a.txt", "0 0.5 0.5 0.5 0.5\n" + "0 30 20 9 9\n" * 30)
+    status, out = run_check(capsys, sets=["train"], yolo_root=yolo)
+    assert out.count("refused ") == 1
+    assert listed(out, "refused", r"\S+a.txt:2  .*are these pixels.*and in 29 other lines")
+    assert drop(read_yolo, yolo, ["train"])[1] == {"line that is not YOLO's": 30}
 
 
 def test_bad_files(yolo):
