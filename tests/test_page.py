@@ -324,6 +324,9 @@ def test_the_page_is_what_the_command_builds(tmp_path):
 # ------------------------------------------------------------------------------ in a browser
 
 
+FRAME = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))"
+
+
 class Browser:
     """A headless Chromium, asked through two pipes: its file descriptors 3 and 4."""
 
@@ -393,6 +396,17 @@ class Browser:
           const isSeen = () => typeof state === "object" && picture?.result;
           const look = () => isSeen() ? done() : setTimeout(look, 50);
           look(); })""")
+
+    def drag(self, name: str, *points: tuple[float, float]):
+        """The mouse over a canvas, pressed at the first point; in parts of its sides."""
+        box = self.run(f"""(() => {{ const c = document.getElementById('{name}');
+          c.scrollIntoView({{ block: 'center', behavior: 'instant' }});
+          const r = c.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }})()""")
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
+            self.ask("Input.dispatchMouseEvent", type=kind, x=box[0] + x * box[2],
+                     y=box[1] + y * box[3], button="left", buttons=1, clickCount=1)  # fmt: skip
+            self.run(FRAME)
 
     def close(self):
         os.killpg(self.process.pid, signal.SIGKILL)  # all of its processes; the profile is ours
@@ -465,10 +479,9 @@ def test_the_page_says_what_pytorch_says(browser):
 def test_hands_and_keys(browser):
     """Every control does something that can be read, and nothing ends in the console."""
     run = browser.run
-    frame = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))"
 
     def text(name: str) -> str:
-        run(frame)
+        run(FRAME)
         return run(f"document.getElementById('{name}').textContent")
 
     assert "found in" in text("say-picture")
@@ -488,7 +501,15 @@ def test_hands_and_keys(browser):
     assert "No box" in text("say-matching")
     assert "no negatives count" in text("say-loss")
     browser.key("n")
-    assert "1 " in text("boxes")
+    assert text("boxes").startswith("1 ")
+    browser.drag("c-matching", (0.12, 0.5), (0.2, 0.6), (0.32, 0.7))  # beside it: a new box
+    drawn = run("picture.scene.boxes[1]")
+    assert (drawn[2] - drawn[0]) == pytest.approx(0.2, abs=0.01)
+    browser.drag("c-matching", (0.22, 0.6), (0.3, 0.6))
+    moved = run("picture.scene.boxes[1]")
+    assert moved[0] - drawn[0] == pytest.approx(0.08, abs=0.01)
+    assert moved[2] - moved[0] == pytest.approx(drawn[2] - drawn[0])
+    assert "2 " in text("boxes")
     assert "Cross-entropy" in text("say-loss")
     old = run("pictures.length")
     run("""(async () => { const c = document.createElement('canvas');
