@@ -705,19 +705,22 @@ draw.map = () => {
     const here = walked.filter((row) => row.image === i);
     const hit = new Set(here.filter((row) => row.right).map((row) => row.box));
     truth.boxes.forEach((box, g) => {
-      if (truth.labels[g] === state.apLabel && !hit.has(g)) pen.box(box, "truth", { width: 2 });
+      if (truth.labels[g] === state.apLabel && !hit.has(g)) pen.box(box, "truth", { halo: false });
     });
     for (const row of here) {
       const unit = row.xyxy.map((v, k) => v / (k % 2 ? of.height : of.width));
-      pen.box(unit, row.right ? "positive" : "negative", { width: row === end ? 4 : 2 });
+      const width = row === end ? 4 : 2;
+      pen.box(unit, row.right ? "positive" : "negative", { width, halo: false });
     }
     canvas.setAttribute("aria-label", `${of.name}: ${hit.size} found`);
   });
   drawCurve(ap);
   const known = state.aps.map((one, label) => ({ one, label })).filter(({ one }) => one?.objects);
   const sum = (key) => known.reduce((total, { one }) => total + one[key], 0);
-  rows("aps", [...known.map(({ one, label }) => [NAMES[label], one.objects, dec(one.ap11, 3)]),
-               ["mAP, their mean", sum("objects"), dec(sum("ap11") / known.length, 3)]]);
+  rows("aps", [...known.map(({ one, label }) =>
+                 [NAMES[label], one.objects, dec(one.ap11, 3), dec(one.area, 3)]),
+               ["mAP, their mean", sum("objects"),
+                ...["ap11", "area"].map((key) => dec(sum(key) / known.length, 3))]]);
   [...$("aps").children].forEach((line, i) => {
     line.setAttribute("aria-selected", known[i]?.label === state.apLabel);
   });

@@ -8,6 +8,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -273,9 +274,12 @@ def test_every_network_of_the_family(config, tmp_path):
     to the checkpoint's: BatchNorm is folded, and a weight has 11 bits."""
     model = random_network(config)
     save_checkpoint(tmp_path / "last.pt", model)
-    page.write_page(tmp_path / "last.pt", tmp_path / "page.html")
+    image = draw_image(np.random.default_rng(0))[0]
+    image.save(tmp_path / "one.png")
+    page.write_page(tmp_path / "last.pt", tmp_path / "page.html", [tmp_path / "one.png"])
     stored, about = page.read_page(tmp_path / "page.html")
-    pixels = np.asarray(draw_image(np.random.default_rng(0))[0])
+    assert [one["name"] for one in about["pictures"]] == ["one"]
+    pixels = np.asarray(image)
     x = as_network_sees(pixels, config)
     loc, logits = stored(x)
     got = run_js(
@@ -327,12 +331,20 @@ def test_the_page_is_what_the_command_builds(tmp_path):
 FRAME = "new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))"
 
 
+def high_pipe() -> list[int]:
+    """A pipe whose ends are above 3 and 4, which the browser takes."""
+    ends = os.pipe()
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in ends]
+    for fd in ends:
+        os.close(fd)
+    return high
+
+
 class Browser:
     """A headless Chromium, asked through two pipes: its file descriptors 3 and 4."""
 
     def __init__(self, profile: Path, *flags: str):
-        ours_in, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in os.pipe())
-        theirs_in, ours_out = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in os.pipe())
+        (ours_in, theirs_out), (theirs_in, ours_out) = high_pipe(), high_pipe()
         self.process = subprocess.Popen(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -361,6 +373,8 @@ class Browser:
         self.writer.flush()
         while True:
             while b"\0" not in self.unread:
+                if not select.select([self.reader], [], [], 120)[0]:
+                    raise RuntimeError(f"{method}: no answer in two minutes")
                 self.unread += (chunk := os.read(self.reader.fileno(), 1 << 20))
                 if not chunk:
                     raise RuntimeError("the browser has ended")
