@@ -174,8 +174,8 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
 
 def picture(image: Image.Image, name: str, boxes=(), labels=()) -> dict:
     """A picture for the page: a JPEG inside it, and its ground truth in its pixels."""
-    width, height = image.size
     image = ImageOps.exif_transpose(image).convert("RGB")
+    width, height = image.size
     image.thumbnail((LONGEST, LONGEST))
     scale = np.array([image.width / width, image.height / height] * 2)
     buffer = io.BytesIO()

@@ -305,6 +305,7 @@ async function choose(one) {
   $("strip").scrollTo({ left: one.button.offsetLeft - $("strip").offsetLeft - 100 });
   for (const place of document.querySelectorAll(".has-truth")) place.hidden = !one.truth;
   $("progress").hidden = false;
+  $("say-picture").setAttribute("aria-busy", true); // a screen reader need not hear every layer
   $("progress").value = 0;
   all();
   let result;
@@ -315,6 +316,7 @@ async function choose(one) {
   }
   if (picture !== one) return;
   $("progress").hidden = true;
+  $("say-picture").setAttribute("aria-busy", false);
   const seen = result.detections.filter(({ score }) => score >= state.shown);
   const count = NAMES.map((_, label) => seen.filter((d) => d.label === label).length);
   const first = seen.find(({ label }) => label === argmax(count)) ?? result.detections[0];
@@ -552,43 +554,46 @@ draw.detections = () => {
 
 draw.matching = () => {
   const { scene } = picture, pen = paint($("c-matching"), picture, { shade: true });
-  const canvasLabel = $("c-matching");
   if (!priors.length) return;
   const boxes = scene.boxes.map((box) => box.map(f32));
   const matched = match(priorsXyxy, boxes, state.matchIou, state.how);
   const alone = match(priorsXyxy, boxes, state.matchIou, "threshold alone");
-  const count = boxes.map(() => 0), best = boxes.map(() => 0), given = [];
+  const count = boxes.map(() => 0), given = [];
   matched.forEach((g, p) => {
-    if (g >= 0) count[g] += 1;
-    if (g >= 0 && alone[p] !== g) given.push(p);
-    else if (g >= 0) pen.box(priorsXyxy[p], "positive", g === state.selected
+    if (g < 0) return;
+    count[g] += 1;
+    if (alone[p] !== g) given.push(p);
+    else pen.box(priorsXyxy[p], "positive", g === state.selected
       ? { width: 1.6, halo: false } : { width: 1, halo: false, alpha: 0.4 });
   });
   for (const p of given) pen.box(priorsXyxy[p], "positive", { width: 3, dash: [7, 4] });
+  const named = boxes.map((_, g) => `${g + 1} ${NAMES[scene.labels[g]]}`);
   boxes.forEach((box, g) => {
-    for (const prior of priorsXyxy) best[g] = Math.max(best[g], iou(box, prior));
     const isSelected = g === state.selected;
     pen.box(box, "truth", { width: isSelected ? 4 : 2.5, fill: count[g] ? 0 : 0.25,
-                            text: `${g + 1} ${NAMES[scene.labels[g]]}` });
+                            text: named[g] });
     if (isSelected) pen.dot(box[2], box[3], "truth", 7);
   });
-  rows("boxes", boxes.map((_, g) =>
-    [`${g + 1} ${NAMES[scene.labels[g]]}`, dec(best[g]), count[g]]));
+  const overlap = boxes.map((box) => priorsXyxy.map((prior) => iou(box, prior)));
+  const best = overlap.map(argmax); // the prior that each box overlaps most
+  rows("boxes", boxes.map((_, g) => [named[g], dec(overlap[g][best[g]]), count[g]]));
   [...$("boxes").children].forEach((line, g) => {
     line.setAttribute("aria-selected", g === state.selected);
   });
-  const lost = boxes.flatMap((_, g) => (count[g] ? [] : [g + 1]));
   const positives = count.reduce((a, b) => a + b, 0);
   let text = `${plural(positives, "positive")} of ${NUMBER.format(priors.length)} priors.`;
   if (!boxes.length) text = "No box: the whole picture is background. Draw one.";
   if (given.length) text += ` Dashed: ${plural(given.length, "prior")} given to a box ` +
     `although ${given.length === 1 ? "it is" : "they are"} below the threshold, or another’s.`;
-  if (lost.length) text += ` Box ${lost.join(" and ")} is lost: no prior learns it.`;
-  $("remove").disabled = !boxes.length;
-  $("box-class").disabled = !boxes.length;
+  boxes.forEach((_, g) => {
+    const owner = matched[best[g]];
+    if (!count[g]) text += ` Box ${g + 1} is lost: ` + (owner < 0 ? "no prior learns it."
+      : `box ${owner + 1} took its best prior, and no other learns it.`);
+  });
+  $("remove").disabled = $("box-class").disabled = !boxes.length;
   if (boxes.length) $("box-class").value = scene.labels[state.selected];
+  $("c-matching").setAttribute("aria-description", text);
   say("matching", text);
-  canvasLabel.setAttribute("aria-description", text);
 };
 
 function lossOf() {
