@@ -889,7 +889,7 @@ function removeBox() {
 
 const SCENES = { // in pixels of the network's image
   own: () => structuredClone(picture.truth) ?? { boxes: [], labels: [] },
-  twins: () => ({ boxes: [[137, 139, 157, 159], [140, 137, 159, 158]],
+  twins: () => ({ boxes: [[116, 24, 146, 264], [142, 24, 172, 264]],
                   labels: [1, NAMES.length - 1] }),
   tiny: () => ({ boxes: [[60, 70, 71, 80], [120, 200, 250, 212]], labels: [1, NAMES.length - 1] }),
 };
