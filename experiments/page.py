@@ -24,8 +24,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import scratchdet
+from plumbing.shapes import SHAPE_CLASSES, draw_image
 from scratchdet import PRIORS, BasicBlock, Config, ResNet, ScratchDet, count_macs
-from shapes import SHAPE_CLASSES, draw_image
 
 HERE = Path(__file__).parent
 DRAWN = 24  # pictures of shapes in the page: the first of the test set
@@ -161,7 +161,7 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
     if Path(path).suffix == ".html":
         model, about = read_page(path)
         return model, about["training"]
-    load = getattr(scratchdet, "load_detector", None) or scratchdet.load
+    load = scratchdet.load_detector
     model, checkpoint = load(path)
     args = checkpoint.get("args") or {}
     training = {key: args.get(key) for key in ("data", "recipe", "seed")}

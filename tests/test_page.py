@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 import metrics
 from experiments import page
 from metrics import Detections
 from ops import reference
-from records import Record
+from ops.reference import normalise
+from plumbing.files import Record
+from plumbing.shapes import draw_image
 from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, encode, make_priors
 from scratchdet import multibox_loss as python_loss
-from shapes import draw_image
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "page.html"
@@ -215,7 +215,7 @@ def as_network_sees(pixels: np.ndarray, config: Config) -> torch.Tensor:
     planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     size = (config.size, config.size)
     planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
-    return data.normalise(planes, config)
+    return normalise(planes, config.mean, config.std, config.channels)
 
 
 def to_rgba(pixels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """One-line bugs, planted one at a time: each must turn the tests red.
 
-    python tests/mutants.py             all of them, as a table; minutes
-    python tests/mutants.py priors      those whose description has the word
+    python tests/harness/mutants.py             all of them, as a table; minutes
+    python tests/harness/mutants.py priors      those whose description has the word
 
 A bug is planted in a temporary copy of the repository, never here. Most are bugs that published
 detectors had (ssd.pytorch: forced matches overwritten, priors clipped, a crop constraint that never
@@ -26,7 +26,8 @@ from typing import NamedTuple
 import pytest
 import torch  # noqa: F401  the forks find it imported
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+OURS = (ROOT, ROOT / "tests", ROOT / "tests/harness")  # a copy must not import from them
 CPU_SECONDS, SECONDS = 120, 900  # that one run of the tests may take
 
 
@@ -51,7 +52,8 @@ MUTANTS = [
            "sides += [(small / root, small * root), (small * root, small / root)]",
            "test_model.py", "first_cell"),
     Mutant("priors clipped, in centre form", "scratchdet.py",
-           "(torch.cat(priors) / unit).float()", "(torch.cat(priors) / unit).clamp(0, 1).float()",
+           "torch.cat([unit, side_unit])).float()",
+           "torch.cat([unit, side_unit])).clamp(0, 1).float()",
            "test_model.py", "first_cell or not_clipped"),
     Mutant("priors in the corner of their cell", "scratchdet.py",
            "(torch.arange(w, dtype=torch.float64) + 0.5)", "(torch.arange(w, dtype=torch.float64))",
@@ -81,13 +83,24 @@ MUTANTS = [
            "x[:, :, 1:-1, 1:-1]", "x[:, :, :-2, :-2]",
            "test_model.py", "3x3_to_1x1"),
     Mutant("BN of the head where the backbone's is asked for", "scratchdet.py",
-           'config.bn in ("all", "head"), config.num_classes',
-           'config.bn in ("all", "backbone"), config.num_classes',
+           'how = {"bn": config.head_bn', 'how = {"bn": config.body_bn',
            "test_model.py", "bn_modes"),
     Mutant("xavier of twice the variance", "scratchdet.py",
            "bound = math.sqrt(3 /", "bound = math.sqrt(6 /",
            "test_model.py", "xavier"),
-    Mutant("a checkpoint may run code", "scratchdet.py",
+    Mutant("priors of the same fraction keep their pixels", "scratchdet.py",
+           "if same_fraction else unit", "if False else unit",
+           "test_model.py", "same_fraction"),
+    Mutant("the eps of the head's BN is not used", "scratchdet.py",
+           '"eps": config.head_bn_eps, ', "",
+           "test_model.py", "eps_of_the_heads"),
+    Mutant("L2 norm over the pixels, not the channels", "scratchdet.py",
+           "F.normalize(x, dim=1, eps=1e-10)", "F.normalize(x, dim=2, eps=1e-10)",
+           "test_model.py", "l2_norm"),
+    Mutant("options without effect are accepted", "plumbing/network.py",
+           "return [n for n in sorted(options) if ", "return [n for n in () if ",
+           "test_model.py", "without_effect"),
+    Mutant("a checkpoint may run code", "plumbing/checkpoint.py",
            "weights_only=True", "weights_only=False",
            "test_model.py", "anything_else"),
     # Coding and matching
@@ -185,9 +198,35 @@ MUTANTS = [
     Mutant("negative scores sort upside down", "ops/greedy.h",
            "return bits >> 31 ? bits :", "return bits >> 31 ? ~bits :",
            "test_ops.py", "nms_order", compiled=True),
+    Mutant("hue in degrees of 360", "ops/colour.h",
+           "by / 30.0f", "by / 60.0f",
+           "test_ops.py", "colour_random", compiled=True),
+    Mutant("contrast always first", "ops/colour.h",
+           "order == 0.0f ? contrast : 1.0f, row[3], row[4], order > 0.0f ? contrast : 1.0f",
+           "contrast, row[3], row[4], 1.0f",
+           "test_ops.py", "colour_by_hand or colour_random", compiled=True),
+    Mutant("the mean in BGR order", "ops/colour.cpp",
+           "mean0 = mean[2 * scale.bgr]", "mean0 = mean[2 - 2 * scale.bgr]",
+           "test_ops.py", "colour_by_hand", compiled=True),
+    Mutant("the mean is added below the image", "ops/colour.cpp",
+           "y < image.y0 || y >= image.y1", "y < image.y0",
+           "test_ops.py", "colour_random or colour_full", compiled=True),
     Mutant("the first sieve stops too many", "ops/postprocess.cpp",
            "std::log(threshold) - 1e-3f", "std::log(threshold) + 1.0f",
            "test_ops.py", "postprocess_random", compiled=True),
+    # Threads
+    Mutant("each part of a batch normalised by itself", "plumbing/joint_norm.cpp",
+           "for (int i = 1; i < parts; ++i) combine(values, table[i]);", "values = table[part];",
+           "test_halves.py", "learn or truth", compiled=True),
+    Mutant("means that are apart add no variance", "plumbing/joint_norm.cpp",
+           " + apart * apart * (all[0] * more[0] / total);", ";",
+           "test_halves.py", "learn or truth", compiled=True),
+    Mutant("gradients of the first part alone", "plumbing/halves.py",
+           "parameter.grad += twin.grad", "pass",
+           "test_halves.py", "learn or truth", compiled=True),
+    Mutant("a part that fails leaves the others waiting", "plumbing/halves.py",
+           "self.ops.meeting_abort(self.meeting)", "pass",
+           "test_halves.py", "exception_of_one_part", compiled=True),
     # Training
     Mutant("biases decay", "train.py",
            '"params": biases, "weight_decay": 0.0',
@@ -223,21 +262,26 @@ MUTANTS = [
     Mutant("crop constraint never enforced", "data.py",
            "success = iou >= MIN_IOUS[:, None]", "success = iou >= 0",
            "test_data.py", "crop"),
+    Mutant("aspect ratios drawn between their bounds, not clamped to them", "data.py",
+           "(0.5 + 1.5 * u[1]).clip(scale**2, scale**-2.0)",
+           "u[1] * (np.minimum(2, scale**-2.0) - np.maximum(0.5, scale**2))"
+           " + np.maximum(0.5, scale**2)",
+           "test_data.py", "crop"),
     Mutant("IoU .5 missing from the samplers", "data.py",
            "np.array([0.1, 0.3, 0.5, 0.7, 0.9])", "np.array([0.1, 0.3, 0.7, 0.7, 0.9])",
            "test_data.py", "crop"),
     Mutant("boxes kept whose centre is outside", "data.py",
            "keep = ((centre >= 0) & (centre <= 1)).all(axis=1) & ", "keep = ",
            "test_data.py", "project"),
-    Mutant("hue in degrees of 360", "data.py",
-           "hue / 30", "hue / 60",
-           "test_data.py", "distort or colour"),
-    Mutant("no clamping after brightness", "data.py",
-           "brightness[:, None]).round_().clamp_(0, 255)", "brightness[:, None]).round_()",
-           "test_data.py", "distort or colour"),
-    Mutant("the mean in BGR order", "data.py",
-           "tuple(config.mean), images", "tuple(config.mean)[::-1], images",
-           "test_data.py", "prepare"),
+    Mutant("hue in degrees of 360", "ops/reference.py",
+           "hue.new_tensor(30)", "hue.new_tensor(60)",
+           "test_ops.py", "colour_reference_is_plain"),
+    Mutant("no clamping after brightness", "ops/reference.py",
+           "brightness[:, None]).round().clamp(0, 255)", "brightness[:, None]).round()",
+           "test_ops.py", "colour_reference_is_plain"),
+    Mutant("the mean in BGR order", "ops/reference.py",
+           "per_channel(tuple(mean), ", "per_channel(tuple(mean)[::-1], ",
+           "test_ops.py", "normalise_of_float"),
     Mutant("boxes not mirrored with the image", "data.py",
            "np.stack([1 - x1, y0, 1 - x0, y1], axis=1)", "boxes_xyxy",
            "test_data.py", "stay_on_their_pixels"),
@@ -258,23 +302,29 @@ MUTANTS = [
            "test_eval.py", "ceiling_on_shapes"),
     # Evaluation
     Mutant("VOC without + 1", "metrics.py",
-           "overlaps(det, gt, iou_threshold, plus=1.0)", "overlaps(det, gt, iou_threshold)",
-           "test_eval.py", "voc"),
+           "iou_threshold, plus=1.0)", "iou_threshold)",
+           "test_metrics.py", "voc"),
     Mutant("VOC with >= .5", "metrics.py",
-           "x[iou > iou_threshold]", "x[iou >= iou_threshold]",
-           "test_eval.py", "voc"),
+           "enough = iou > iou_threshold", "enough = iou >= iou_threshold",
+           "test_metrics.py", "voc"),
     Mutant("difficult objects counted", "metrics.py",
-           "ignored = difficult | ", "ignored = ",
-           "test_eval.py", "voc"),
+           "counted = ~m.objects.difficult & ", "counted = ",
+           "test_metrics.py", "voc"),
     Mutant("an object found twice", "metrics.py",
-           "np.sort(rows[np.unique(found[rows], return_index=True)[1]])", "np.sort(rows)",
-           "test_eval.py", "voc"),
+           "tp[looks[best]] = True", "tp[looks] = True",
+           "test_metrics.py", "voc"),
     Mutant("ten points instead of eleven", "metrics.py",
            "np.arange(0, 1.1, 0.1)", "np.arange(0, 1.0, 0.1)",
-           "test_eval.py", "voc"),
+           "test_metrics.py", "voc"),
     Mutant("a bootstrap that forgets how often it drew an image", "metrics.py",
-           "gains = times[image[tp]]", "gains = np.ones(len(tp))",
-           "test_eval.py", "several_times"),
+           "tp * times[m.guesses.image], fp", "tp, fp",
+           "test_metrics.py", "several_times"),
+    Mutant("F1 without the objects that were missed", "metrics.py",
+           "(right + wrong + objects[c])", "(2 * right + wrong)",
+           "test_metrics.py", "f1"),
+    Mutant("COCO's ignored objects before those that count", "metrics.py",
+           "-iou[some], last[some], d[some]", "last[some], -iou[some], d[some]",
+           "test_metrics.py", "coco_frozen"),
     Mutant("BN left in training mode at evaluation", "eval.py",
            "    model.eval()\n    try:", "    model.train()\n    try:",
            "test_train.py", "running_statistics"),
@@ -314,7 +364,7 @@ def run_tests(repo: Path, tests: str, where: str, *, compiled: bool) -> tuple[in
             signal.alarm(SECONDS)
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             os.chdir(repo)
-            sys.path[:] = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+            sys.path[:] = [p for p in sys.path if Path(p).resolve() not in OURS]
             os.environ["SCRATCHDET_OPS"] = "require" if compiled else "reference"
             null = os.open(os.devnull, os.O_RDONLY)
             for theirs, ours in ((null, 0), (output.fileno(), 1), (output.fileno(), 2)):
