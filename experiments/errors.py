@@ -99,12 +99,7 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     g = usable[g]
     same = guesses.label[d] == objects.label[g]
 
-    enough = np.flatnonzero(same & (iou >= ENOUGH))
-    group = class_and_image(guesses, objects)[0]
-    turn = enough[np.lexsort((g[enough], -iou[enough], d[enough], group[d[enough]]))]
-    once = np.zeros(g_all, bool)
-    together, _ = take_turns(group, d[turn], g[turn], np.ones(len(turn), int), once)
-    pairs = turn[together > 0]
+    pairs = greedy(guesses, objects, d, g, iou, np.flatnonzero(same & (iou >= ENOUGH)))
     found = np.full(g_all, -1)
     found[g[pairs]] = d[pairs]
 
@@ -151,6 +146,15 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     return Verdicts(
         objects, guesses, kind, target, value, ignored, mended, found, missed, num_classes
     )
+
+
+def greedy(guesses: Guesses, objects: Objects, d: Array, g: Array, iou: Array, some: Array):
+    """The pairs among `some` that come together: best score first, then the largest IoU."""
+    group = class_and_image(guesses, objects)[0]
+    turn = some[np.lexsort((g[some], -iou[some], d[some], group[d[some]]))]
+    exclusive = np.zeros(len(objects.label), bool)
+    together, _ = take_turns(group, d[turn], g[turn], np.ones(len(turn), int), exclusive)
+    return turn[together > 0]
 
 
 def best_of_each_image(guesses: Guesses, objects: Objects) -> Guesses:
@@ -299,12 +303,13 @@ def almost(v: Verdicts) -> tuple[Array, Array]:
 
 
 def crop(
-    record: Record, detections: Sequence[Array], truth: Sequence[Array], side: int = 200
-) -> str:
-    """The part of a picture around some boxes, as a JPEG in base64: detections orange, ground truth
-    green, and thin what else is annotated there."""
+    record: Record, detections: Sequence[Array], truth: Sequence[Array], *,
+    around: Sequence[Array] | None = None, side: int = 200,
+) -> str:  # fmt: skip
+    """The part of a picture around some boxes (default: all), as a JPEG in base64: detections
+    orange, ground truth green, and thin what else is annotated there."""
     image = decode_pixels(open_record(record), record)
-    boxes = np.array([*detections, *truth], float).reshape(-1, 4)
+    boxes = np.array(around or [*detections, *truth], float).reshape(-1, 4)
     low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     middle, half = (low + high) / 2, max(32.0, 0.9 * (high - low).max())
     x0, y0 = np.floor(np.maximum(middle - half, 0))

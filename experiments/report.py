@@ -161,7 +161,7 @@ def percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.1f}"
 
 
-def lead(runs: list[Run]) -> str:
+def lead(runs: list[Run], *, compared: bool = False) -> str:
     """What a reader wants first: mAP in large digits, and a sentence on each run."""
     parts = []
     for i, run in enumerate(runs):
@@ -169,7 +169,7 @@ def lead(runs: list[Run]) -> str:
         number = f"mAP {percent(run.results['mAP'])} %" if run.results else "not measured yet"
         parts.append(f'<div class="of run{i}"><p class="big">{number}<small> {name}</small></p>'
                      f"<p>{escape(sentence(run))}</p></div>")  # fmt: skip
-    if len(runs) > 1:
+    if len(runs) > 1 and not compared:
         parts.append("<p>How sure the difference is, and what changed: <code>python -m "
                      "experiments.compare RUN RUN --out page.html</code>.</p>")  # fmt: skip
     return "".join(parts)
@@ -494,11 +494,13 @@ def page(runs: list[Run], changed: str = "") -> str:
     """The whole report. `changed`: HTML of experiments.compare, what differs between two runs."""
     if len(runs) > len(LIGHT):
         raise ValueError(f"{len(runs)} runs: {len(LIGHT)} at most can be told apart on one page")
+    several = len(runs) > 1
     sections = {
-        "Result": lead(runs) + pictures(runs),
         "What changed": changed,
+        "Result": lead(runs, compared=bool(changed)) + pictures(runs) * (not several),
         "Errors": errors(runs),
         "Measures": results(runs),
+        "Detections": pictures(runs) * several,
         "Training": training(runs),
         "Arguments": overview(runs) + arguments(runs),
     }

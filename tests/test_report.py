@@ -120,7 +120,7 @@ def test_diverged_run_is_drawn_and_leaves_the_scale_to_the_other(tmp_path):
     assert "not finite" in page
     curves = [report.series(report.read_run(run))["training loss"] for run in (good, bad)]
     assert [len(curve) for curve in curves] == [60, 30]
-    assert report.top_of(curves) == 8.0
+    assert figures.top_of(curves) == 8.0
 
 
 def test_map_on_the_way_is_a_curve(tmp_path):
@@ -131,7 +131,7 @@ def test_map_on_the_way_is_a_curve(tmp_path):
     run = report.read_run(folder)
     assert report.series(run)["mAP"] == [(30, 0.2), (60, 0.4321)]
     assert "<figcaption>mAP</figcaption>" in report.page([run])
-    assert report.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
+    assert figures.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
 
 
 def test_a_column_holds_one_metric(tmp_path):
@@ -181,10 +181,10 @@ def test_a_run_of_one_step_has_a_page(tmp_path):
 
 
 def test_axis_marks_are_round():
-    assert report.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert report.ticks(23) == [0, 5, 10, 15, 20, 25]
+    assert figures.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert figures.ticks(23) == [0, 5, 10, 15, 20, 25]
     for high in (0.05, 0.7, 3, 9.99, 10, 101, 12345):
-        marks = report.ticks(high)
+        marks = figures.ticks(high)
         assert marks[-2] < high <= marks[-1] * (1 + 1e-9)
         assert 3 <= len(marks) <= 6
 
@@ -241,7 +241,7 @@ def test_figures_are_small_svg_without_links(tmp_path, capsys):
             assert not re.search("href|script|<image", path.read_text())
     kept = Path(__file__).parents[1] / "docs" / "figures"
     for name in drawings.FIGURES:
-        assert (kept / f"{name}.svg").is_file(), "python experiments/report.py --figures"
+        assert (kept / f"{name}.svg").is_file(), "python -m experiments.report --figures"
 
 
 def test_figures_show_what_the_functions_say(monkeypatch):
