@@ -422,7 +422,7 @@ def matrix(errors: dict, largest: int = 24) -> str:
     if len(labels) > largest:
         pairs = [(n, labels[r], labels[c]) for r, row in enumerate(counts)
                  for c, n in enumerate(row) if n and r != c and c < len(row) - 1]  # fmt: skip
-        pairs.sort(reverse=True)
+        pairs.sort(key=lambda pair: -pair[0])
         rows = [[escape(there), escape(said), f"{n:,}"] for n, there, said in pairs[:largest]]
         return table(["what is there", "is shown as", "times"], rows)
     rows = []
@@ -566,8 +566,9 @@ def write_figures(folder: Path, runs: list[str]) -> None:
         ]
     (folder / "bn.svg").write_text(figures.gradients(logs), encoding="utf-8")
     print(folder / "bn.svg")
-    if read[0].sheet and read[0].about["args"]["data"] == "shapes":  # no photograph of others
-        (folder / "detections.jpg").write_bytes(shrunk(read[0].sheet, 900))
+    if read[0].about["args"]["data"] == "shapes":  # no photograph of others
+        sheet = drawings.detections(runs[0])
+        sheet.save(folder / "detections.jpg", quality=78, optimize=True)
         print(folder / "detections.jpg")
 
 
