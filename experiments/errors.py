@@ -475,11 +475,61 @@ def suspects(v: Verdicts) -> list[tuple[float, str, int, int]]:
     return sorted(rows, key=lambda row: -row[0])
 
 
+def plant(
+    records: list[Record], many: int, num_classes: int, seed: int = 0
+) -> tuple[list[Record], dict[int, Array]]:
+    """Spoil one label in each of `many` images, in turn: forget it, name it wrongly, move it by
+    half its size, or invent one. -> records, {number of the image: where (4,)}."""
+    rng, spoilt, places = np.random.default_rng(seed), list(records), {}
+    busy = [i for i, record in enumerate(records) if len(record.labels)]
+    for n, i in enumerate(rng.permutation(busy)[:many].tolist()):
+        record = records[i]
+        g = int(rng.integers(len(record.labels)))
+        boxes, labels = record.boxes_xyxy.copy(), record.labels.copy()
+        rows, place = np.arange(len(labels)), boxes[g]
+        if n % 4 == 0:
+            rows = np.delete(rows, g)
+        elif n % 4 == 1:
+            labels[g] = 1 + (labels[g] - 1 + rng.integers(1, max(2, num_classes))) % num_classes
+        elif n % 4 == 2:
+            boxes[g] += np.tile((boxes[g, 2:] - boxes[g, :2]) / 2, 2)
+        else:
+            rows = np.append(rows, g)
+            corner = rng.random(2) * (np.array(record.size) - 40)
+            place = np.array([*corner, *(corner + 40)])
+        boxes, labels = boxes[rows], labels[rows]
+        if n % 4 == 3:
+            boxes[-1] = place
+        difficult, area = record.difficult[rows], record.area[rows]
+        spoilt[i] = record._replace(boxes_xyxy=boxes, labels=labels, difficult=difficult, area=area)
+        places[i] = place
+    return spoilt, places
+
+
+def were_planted(v: Verdicts, chosen: list[tuple[int, int]], places: dict[int, Array]) -> int:
+    """How many of the suspects (detection, object) lie where a label was spoilt; each counts
+    once."""
+    hit = set()
+    for d, g in chosen:
+        boxes = ([v.guesses.boxes_xyxy[d]] if d >= 0 else []) + (
+            [v.objects.boxes_xyxy[g]] if g >= 0 else []
+        )
+        image = place_of(v, d, g)[0]
+        if image in places and any(iou(box, places[image]) > SOME for box in boxes):
+            hit.add(image)
+    return len(hit)
+
+
+def first_suspects(v: Verdicts, many: int) -> list[tuple[float, str, int, int]]:
+    """The first of `suspects`, no two of the same place."""
+    ranked = suspects(v)
+    return [ranked[i] for i in spread(v, ((d, g) for _, _, d, g in ranked), many)]
+
+
 def write_suspects(path: Path, v: Verdicts, records, classes, many: int) -> list[dict]:
     """A page of crops, the most suspect first, and its rows as a list."""
-    ranked, rows = suspects(v), []
-    chosen = spread(v, ((d, g) for _, _, d, g in ranked), many)
-    for n, (value, why, d, g) in enumerate((ranked[i] for i in chosen), start=1):
+    rows = []
+    for n, (value, why, d, g) in enumerate(first_suspects(v, many), start=1):
         row = picture(v, records, classes, d, g, f"{n}. {why} {value:.2f}")
         rows.append(row | {"why": why, "suspicion": round(float(value), 4)})
     intro = (
@@ -526,11 +576,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("run", metavar="RUN", help="a folder of train.py, or a checkpoint")
     parser.add_argument("--suspects", type=int, default=0, metavar="N",
         help="also the N labels that are most likely wrong, as a page")  # fmt: skip
+    parser.add_argument("--plant", type=int, default=0, metavar="N",
+        help="spoil N labels first, to see how many of them the suspects contain")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="of the files (default: the run's folder)")
     evaluation.add_shared_flags(parser)
     args = parser.parse_args(argv)
     evaluation.check_shared(args)
-    check_range(args, "suspects", 0)
+    check_range(args, "suspects plant", 0)
     folder = Path(args.out) if args.out else checkpoint_of(args.run).parent
     records, found, classes, results, _ = detect_in(args.run, args)
     if not any(len(record.labels) for record in records):
@@ -543,11 +595,18 @@ def main(argv: list[str] | None = None) -> dict:
         report.write([folder], folder / "report.html")
         print(f"{folder}/report.html shows them")
     if args.suspects:
+        if args.plant:
+            records, places = plant(records, args.plant, len(classes))
         v = judge(records, found, len(classes))
-        rows = write_suspects(folder / "suspects.html", v, records, classes, args.suspects)
-        for row in rows:
+        path = folder / "suspects.html"
+        for row in write_suspects(path, v, records, classes, args.suspects):
             print(f"{row['words']:28} {row['image']:12} {row['said']:>20} / {row['there'] or '-'}")
-        print(f"{folder}/suspects.html, with pictures")
+        print(f"{path}, with pictures")
+        if args.plant:
+            chosen = [row[2:] for row in first_suspects(v, args.suspects)]
+            seen = were_planted(v, chosen, places)
+            print(f"{seen} of the {len(places)} labels spoilt on purpose are among the first "
+                  f"{len(chosen)}")  # fmt: skip
     return errors
 
 

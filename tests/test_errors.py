@@ -226,35 +226,28 @@ def guess(records, seed=0, misses=0.2, noise=0.03):
 
 
 def test_suspects_find_planted_label_errors(records):
-    """A detector that knows the true labels, and wrong labels of four sorts."""
-    rng, planted, labelled = np.random.default_rng(1), set(), []
-    for i, r in enumerate(records):
-        boxes, labels = r.boxes_xyxy.copy(), r.labels.copy()
-        g = rng.integers(len(labels))
-        if i % 4 == 0:  # forgotten
-            boxes, labels = np.delete(boxes, g, axis=0), np.delete(labels, g)
-        elif i % 4 == 1:  # named wrongly
-            labels[g] = labels[g] % len(CLASSES) + 1
-        elif i % 4 == 2:  # moved
-            boxes[g] += 0.5 * (boxes[g, 2:] - boxes[g, :2]).repeat(2)[[0, 2, 0, 2]]
-        else:  # invented
-            boxes = np.concatenate([boxes, [[1, 1, 15, 15]]])
-            labels = np.append(labels, 1)
-        planted.add(r.name)
-        n = len(labels)
-        labelled.append(r._replace(boxes_xyxy=boxes, labels=labels, difficult=np.zeros(n, bool),
-                                   area=np.ones(n)))  # fmt: skip
+    """A detector that knows the true labels nearly, and wrong labels of four sorts."""
+    labelled, places = errors.plant(records, 20, len(CLASSES))
+    changed = [
+        i
+        for i, (a, b) in enumerate(zip(records, labelled, strict=True))
+        if a.labels.tolist() != b.labels.tolist() or (a.boxes_xyxy != b.boxes_xyxy).any()
+    ]
+    assert changed == sorted(places)  # fmt: skip
+    assert len(changed) == 20
+    assert all(len(r.difficult) == len(r.area) == len(r.labels) for r in labelled)
+    rng = np.random.default_rng(1)
     truth = [Detections(r.boxes_xyxy + rng.standard_normal(r.boxes_xyxy.shape),
                         0.6 + 0.4 * rng.random(len(r.labels)), r.labels)
              for r in records]  # fmt: skip
     v = errors.judge(labelled, truth, len(CLASSES))
-    ranked = errors.suspects(v)
-    rows = errors.spread(v, ((d, g) for _, _, d, g in ranked), 24)
-    images = [labelled[errors.place_of(v, *ranked[n][2:])[0]].name for n in rows]
-    assert len(set(images)) >= 22  # nearly each of the first 24 is one that was planted
-    assert {ranked[n][1] for n in rows} == {
+    rows = errors.first_suspects(v, 24)
+    assert errors.were_planted(v, [row[2:] for row in rows], places) >= 18
+    assert {row[1] for row in rows} == {
         "no label?", "another class?", "another box?", "nothing there?"
     }  # fmt: skip
+    clean = errors.judge(records, truth, len(CLASSES))
+    assert not errors.suspects(clean)
 
 
 def make_run(folder, classes=CLASSES) -> Path:
@@ -275,8 +268,10 @@ def make_run(folder, classes=CLASSES) -> Path:
 def test_command_writes_errors_and_suspects(shapes, records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(errors.evaluation, "run_detector", lambda *_, **__: guess(records))
     run = make_run(tmp_path / "run")
-    said = errors.main([str(run), "--voc-root", str(shapes), "--workers", "0", "--suspects", "5"])
+    flags = ["--voc-root", str(shapes), "--workers", "0", "--suspects", "5", "--plant", "3"]
+    said = errors.main([str(run), *flags])
     text = capsys.readouterr().out
+    assert "of the 3 labels spoilt on purpose are among the first 5" in text
     assert all(kind in text for kind in errors.KINDS)
     written = json.loads((run / "errors.json").read_text())
     assert written == json.loads(json.dumps(said))
