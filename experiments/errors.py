@@ -127,13 +127,6 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     right = d[pairs]
     kind[right], target[right], value[right] = RIGHT, g[pairs], iou[pairs]
 
-    hidden = np.flatnonzero(objects.difficult)
-    crowds = Objects(*(column[hidden] for column in objects))
-    inside, _, share = overlaps(guesses, crowds, ENOUGH, crowd=np.ones(len(hidden), bool))
-    ignored = np.zeros(d_all, bool)
-    ignored[inside[share > ENOUGH]] = True
-    ignored &= kind != RIGHT
-
     # of all that point at an object which is not found, the best score would find it if mended
     points = np.flatnonzero((kind == BOX) | (kind == CLASS))
     points = points[found[target[points]] < 0]
@@ -143,9 +136,20 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     mended[order[first]] = True
     missed = ~objects.difficult & (found < 0)
     missed[reached] = False
+    ignored = covered(guesses, objects) & (kind != RIGHT)
     return Verdicts(
         objects, guesses, kind, target, value, ignored, mended, found, missed, num_classes
     )
+
+
+def covered(guesses: Guesses, objects: Objects) -> Array:
+    """(D,) bool: more than half of the box lies in a difficult object (a crowd) of its class."""
+    hidden = np.flatnonzero(objects.difficult)
+    crowds = Objects(*(column[hidden] for column in objects))
+    d, _, share = overlaps(guesses, crowds, ENOUGH, crowd=np.ones(len(hidden), bool))
+    inside = np.zeros(len(guesses.label), bool)
+    inside[d[share > ENOUGH]] = True
+    return inside
 
 
 def greedy(guesses: Guesses, objects: Objects, d: Array, g: Array, iou: Array, some: Array):

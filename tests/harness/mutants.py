@@ -335,7 +335,7 @@ MUTANTS = [
            "missed[reached] = False", "pass",
            "test_errors.py", "tidecv or by_hand"),
     Mutant("difficult objects hide nothing", "experiments/errors.py",
-           "ignored[inside[share > ENOUGH]] = True", "pass",
+           "inside[d[share > ENOUGH]] = True", "pass",
            "test_errors.py", "difficult"),
     Mutant("a confused object is missed, too", "experiments/errors.py",
            "            seen[v.target[d]] = True\n", "",
