@@ -235,10 +235,10 @@ def training(runs: list[Run]) -> str:
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
     parts.append(
-        "<p>Fluctuation is our definition, for the paper's Figure 1 (c) gives none: |g<sub>t</sub> "
-        "− g<sub>t−1</sub>|, the difference of two steps' L2 norms of the gradient. Loss, norm, "
-        "fluctuation and positives are moving averages over the last steps, in number: "
-        f"{windows}. A curve that diverges leaves its frame.</p>"
+        "<p>The fluctuation is |g<sub>t</sub> − g<sub>t−1</sub>|, the change of the gradient's L2 "
+        "norm from one step to the next. This definition is ours: the paper's Figure 1 (c) gives "
+        "none. Loss, norm, fluctuation and positives are moving averages over the last steps "
+        f"({windows}). A curve that diverges leaves its frame.</p>"
     )
     rows = []
     for i, run in enumerate(runs):
