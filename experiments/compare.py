@@ -14,7 +14,6 @@ The metric is VOC's, 11-point for VOC2007 and the area elsewhere, of all objects
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,24 +22,25 @@ from numpy import ndarray as Array
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import eval as evaluation  # noqa: E402
-import machine  # noqa: E402
-from metrics import SIZES, mean, voc_matched  # noqa: E402
-from scratchdet import load  # noqa: E402
+from metrics import SIZES, VocMatches, mean, voc_average, voc_match, voc_outcome  # noqa: E402
+from plumbing import program  # noqa: E402
+from scratchdet import load_detector  # noqa: E402
 
 PARTS = {"all": (0.0, np.inf), **SIZES}  # objects by their side, as in metrics.voc_ap
 
 
-def bootstrap(detectors: list[Callable], images: int, draws: int, metric: str) -> Array:
-    """mAP of M detectors on resampled images: what `voc_matched` returned -> (1 + draws, M, 4).
+def bootstrap(detectors: list[VocMatches], images: int, draws: int, metric: str) -> Array:
+    """mAP of M detectors on resampled images -> (1 + draws, M, 4).
 
     Row 0 is of the images as they are; the columns are `PARTS`. metric "voc07": 11-point.
     """
     rng, progress = np.random.default_rng(0), evaluation.Progress(draws, "resampling", "draws")
     values = np.empty((1 + draws, len(detectors), len(PARTS)))
+    outcomes = [[voc_outcome(one, *sides) for sides in PARTS.values()] for one in detectors]
     times = np.ones(images, int)  # (N,) how often each image was drawn
     for draw in range(1 + draws):
-        for m, average in enumerate(detectors):
-            both = [average(*sides, times)[:2] for sides in PARTS.values()]
+        for m, one in enumerate(detectors):
+            both = [voc_average(one, outcome, times)[:2] for outcome in outcomes[m]]
             values[draw, m] = [mean(ap11 if metric == "voc07" else area) for ap11, area in both]
         if draw:
             progress(draw)
@@ -70,20 +70,19 @@ def main(argv: list[str] | None = None) -> Array:
     evaluation.add_shared_flags(parser)
     args = parser.parse_args(argv)
     evaluation.check_shared(args)
-    machine.check_range(args, "draws", 1)
+    program.check_range(args, "draws", 1)
 
-    detectors, source = [], None
+    detectors = []
     for path in args.checkpoints:
-        model, checkpoint = load(path, args.device)
-        source = source or evaluation.data_source(args, checkpoint)
+        model, checkpoint = load_detector(path, args.device)
         classes = model.config.classes
-        records = evaluation.read_records(*source, classes, path)
+        records = evaluation.open_test_set(args, checkpoint, classes)
         found = evaluation.run_detector(
             model, records, batch_size=args.batch_size, workers=args.workers
         )
-        detectors.append(voc_matched(records, found, len(classes)))
-    kind, _, sets, _ = source
-    metric = evaluation.metric_of(kind, sets)
+        detectors.append(voc_match(records, found, len(classes)))
+    sets = args.eval_sets
+    metric = evaluation.metric_of(args.data, sets)
     values = bootstrap(detectors, len(records), args.draws, metric)
 
     print(f"{len(records)} images of {' '.join(sets)}, {args.draws} draws, "

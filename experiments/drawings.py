@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 import data
 import metrics
 import ops
-import shapes
 from experiments.figures import page, text
 from ops.reference import hard_negatives, pairwise_iou
+from plumbing import shapes
+from plumbing.files import Record
 from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors, priors_per_cell
 
 GREEN, GREY, ORANGE, BLUE = "#009e3c", "#808080", "#f58200", "#2763b8"
@@ -130,13 +131,14 @@ def iou() -> str:
 
 def augmentation() -> str:
     """What the SSD augmentation shows of a picture: three source rectangles, three results."""
-    boxes, labels = tensor(SCENE).double().numpy(), np.arange(1, len(SCENE) + 1)
+    boxes = tensor(SCENE).double().numpy()
     parts, sources, results = [], [], []
     for seed in (16, 4, 26):  # a canvas around the picture; a part of one; a crop
         rng = np.random.default_rng(seed)
-        source = data.draw_source(boxes, labels, rng)
+        source = data.sample_source(boxes, rng)
         sources.append(source * SIDE)
-        results.append((source * SIDE, data.project(boxes, labels, source)[0]))
+        placed, keep = data.place_boxes(boxes, source)
+        results.append((source * SIDE, placed[keep]))
     outside = max(0, *(max(-s[:2].min(), s[2:].max() - SIDE) for s in sources))
     shrink = SIDE / (SIDE + 2 * outside)
     frame = (-outside, -outside, SIDE + outside, SIDE + outside)
@@ -392,9 +394,7 @@ def average_precision() -> str:
         there = i < objects
         truth_xyxy = np.array([[10.0, 10.0, 60.0, 60.0]])[: int(there)]
         one = np.ones(int(there), int)
-        records.append(
-            data.Record(str(i), None, (100, 100), truth_xyxy, one, one < 1, one * 2500.0)
-        )
+        records.append(Record(str(i), None, (100, 100), truth_xyxy, one, one < 1, one * 2500.0))
     image = iter(range(objects))
     for rank, right in enumerate(order):
         where = next(image) if right else objects - 1

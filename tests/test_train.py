@@ -27,18 +27,22 @@ import data
 import eval as evaluation
 import scratchdet
 import train
-from scratchdet import Config, ScratchDet
+from plumbing import plan, run_folder
+from plumbing.shapes import SHAPE_CLASSES, draw_shapes
+from plumbing.voc import read_voc
+from scratchdet import Config, ScratchDet, load_detector
 
 ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
 OVERFIT_STEPS = 250
 CONTROL_STEPS = 450
+FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
 
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
     """A VOC tree of drawn shapes: 12 images to train on, 4 to test."""
-    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=12, num_test=4)
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=12, num_test=4)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,7 @@ def _keep_signal_handlers():
 def data_flags(root: Path) -> list[str]:
     """The flags of a tree of drawn shapes, whose six names the program reads from a file."""
     names = root / "names.txt"
-    names.write_text("\n".join(data.SHAPE_CLASSES))
+    names.write_text("\n".join(SHAPE_CLASSES))
     sets = ["--train-sets", "2007:train", "--eval-sets", "2007:test"]
     return ["--voc-root", str(root), *sets, "--classes", str(names), "--augment", "flip"]
 
@@ -75,7 +79,7 @@ def test_the_papers_schedule():
     """Section 4.1: .05, a tenth after 45k, 75k and 95k of 100k iterations of 128 images."""
     args = train.parse_args(["--voc-root", "x"])
     assert (args.recipe, args.batch_size, args.iterations) == ("voc07", 128, 100_000)
-    assert (args.momentum, args.weight_decay, args.augment) == (0.9, 5e-4, "ssd")
+    assert (train.MOMENTUM, train.WEIGHT_DECAY, args.augment) == (0.9, 5e-4, "ssd")
     steps = [0, 44_999, 45_000, 74_999, 75_000, 94_999, 95_000, 99_999]
     wanted = [0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005, 0.00005, 0.00005]
     assert rates(["--voc-root", "x"], steps) == pytest.approx(wanted)
@@ -110,17 +114,16 @@ def test_voc12_is_trained_on_all_of_voc07():
 
 def test_images_that_are_trained_on_and_measured_are_said(shapes_root):
     train_set, test = (
-        data.read_voc(shapes_root, [f"2007:{name}"], data.SHAPE_CLASSES)[0]
-        for name in ("train", "test")
+        read_voc(shapes_root, [f"2007:{name}"], SHAPE_CLASSES)[0] for name in ("train", "test")
     )
-    said = train.about_data(train_set, test)
-    assert said == f"{len(train_set)} training images, {len(test)} to evaluate"
-    said = train.about_data(train_set + test[:3], test)
-    assert said.endswith("to evaluate (3 of them trained on: no measure of new images)")
+    said = plan.about_data(train_set, test, ("a",))
+    assert said == f"{len(train_set)} training images, {len(test)} to evaluate, 1 classes"
+    said = plan.about_data(train_set + test[:3], test, ("a",))
+    assert "to evaluate (3 of them trained on: no measure of new images)" in said
 
 
 def test_linear_schedule_rises_and_falls_to_zero():
-    argv = ["--schedule", "linear", "--warmup", "0.1", "--lr", "0.4", "--iterations", "100"]
+    argv = ["--recipe", "overfit", "--warmup", "0.1", "--lr", "0.4", "--iterations", "100"]
     got = rates(argv, list(range(100)))
     assert got[0] == pytest.approx(0.04)
     assert got[4] == pytest.approx(0.2)
@@ -163,15 +166,12 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
         ("--seed -1", "--seed -1: expected 0 or more"),
         ("--workers -2", "--workers -2: expected 0 or more"),
         ("--overfit -3", "--overfit -3: expected 0 or more"),
-        ("--ema 2", "--ema 2.0: expected 0 to 1"),
+        ("--warmup 2", "--warmup 2.0: expected 0 to 1"),
         ("--drops 0.5 80000", "--drops 80000.0: expected 0 to 1"),
         ("--minutes 0", "--minutes 0.0: expected 0.01 or more"),
         ("--minutes 9 --iterations 5", "--minutes and --iterations"),
-        ("--recipe budget --drops 0.5", "--drops: the schedule is a line"),
+        ("--recipe budget --drops 0.5", "--drops: recipe budget falls on a line"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
-        ("--data coco", "--data coco: where is it"),
-        ("--backbone vgg16 --stem 3 1 1", "--stem: vgg16 has its own"),
-        ("--coco-root x --classes names.txt", "--classes names.txt: COCO's files"),
     ],
 )
 def test_arguments_that_make_no_sense(argv, message):
@@ -191,9 +191,8 @@ def test_a_device_that_is_not_here(device, tmp_path):
         ([], {"recipe": "shapes", "data": "shapes", "backbone": "root-resnet18",
               "schedule": "linear"}),
         (["--voc-root", "x"], {"recipe": "voc07", "data": "voc", "backbone": "root-resnet34",
-                               "width": 1.0, "priors": "voc", "difficult": True}),
-        (["--coco-root", "x"], {"recipe": "coco", "data": "coco", "priors": "coco",
-                                "difficult": False}),
+                               "width": 1.0, "priors": "voc"}),
+        (["--coco-root", "x"], {"recipe": "coco", "data": "coco", "priors": "coco"}),
         (["--voc-root", "x", "--overfit", "16"], {"recipe": "overfit", "augment": "none"}),
         (["--voc-root", "x", "--recipe", "released", "--backbone", "vgg16"],
          {"recipe": "released", "backbone": "vgg16"}),
@@ -222,7 +221,7 @@ def test_decay_and_rate_of_every_parameter(backbone, bn):
     a convolution does not, and learns twice as fast."""
     with torch.device("meta"):
         model = ScratchDet(Config(backbone=backbone, bn=bn, width=0.25))
-    groups = train.parameter_groups(model, 5e-4)
+    groups = train.parameter_groups(model)
     seen = {id(p): (g["weight_decay"], g["lr_factor"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(seen) == len(list(model.parameters()))
     for part_name, part in (("head", model.head), ("features", model.features)):
@@ -246,82 +245,16 @@ def test_update_uses_the_groups_the_schedule_and_momentum():
         {"params": [layer.weight], "weight_decay": 0.5, "lr_factor": 1.0},
         {"params": [layer.bias], "weight_decay": 0.0, "lr_factor": 2.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=123.0, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, lr=123.0, momentum=0.9, fused=True)
     for step in (0, 5):  # the rate falls to a tenth at .45 of the run
         layer.weight.grad = torch.ones(1, 1)
         layer.bias.grad = torch.ones(1)
-        train.update(optimizer, layer, None, step, args)
+        train.update(optimizer, step, FINITE, args)
         assert layer.weight.grad is None
     # weight: v = 1 + 1 = 2, w = 1.8; v = 1.8 + 1 + .9 = 3.7, w = 1.8 - .037
     assert layer.weight.item() == pytest.approx(1.8 - 0.037)
     # bias: v = 1, b = 1.8; v = 1.9, b = 1.8 - .02 * 1.9
     assert layer.bias.item() == pytest.approx(1.8 - 0.038)
-
-
-def test_averaged_weights():
-    model = nn.BatchNorm1d(1)
-    with torch.no_grad():
-        model.weight.fill_(10.0)
-        model.running_mean.fill_(4.0)
-        model.num_batches_tracked.fill_(7)
-    ema = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
-    train.average_weights(ema, model, 0.9)
-    assert ema["weight"].item() == pytest.approx(1.0)
-    assert ema["running_mean"].item() == pytest.approx(0.4)
-    assert ema["num_batches_tracked"].item() == 7
-    train.average_weights(ema, model, 0.9)
-    assert ema["weight"].item() == pytest.approx(1.9)
-
-
-# ----------------------------------------------------------------------------- checkpoints
-
-
-def test_save_keeps_the_one_before(tmp_path):
-    path = tmp_path / "last.pt"
-    for step in (1, 2, 3):
-        train.save(path, {"step": step})
-    assert torch.load(path)["step"] == 3
-    assert torch.load(tmp_path / "previous.pt")["step"] == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-
-
-@pytest.mark.parametrize("failing", ["write", "disk full", "fsync", "replace"])
-def test_a_save_that_fails_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch, failing):
-    path = tmp_path / "last.pt"
-    for step in (1, 2):
-        train.save(path, {"step": step})
-
-    def half_written(checkpoint, file):
-        file.write(b"half a check")
-        if failing == "disk full":  # as torch says it
-            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
-        raise OSError(28, "No space left on device")
-
-    def refuse(*_):
-        raise OSError(5, "Input/output error")
-
-    if failing in ("write", "disk full"):
-        monkeypatch.setattr(train.torch, "save", half_written)
-    else:
-        monkeypatch.setattr(train.os, failing, refuse)
-    with pytest.raises(ValueError, match=r"last\.pt: cannot write the checkpoint"):
-        train.save(path, {"step": 3})
-    monkeypatch.undo()
-    assert torch.load(path)["step"] == 2
-    assert torch.load(tmp_path / "previous.pt")["step"] in (1, 2)
-    train.save(path, {"step": 4})  # and what was left behind is in nobody's way
-    assert torch.load(path)["step"] == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-
-
-def test_cut_log_drops_later_and_half_written_lines(tmp_path):
-    log = tmp_path / "log.jsonl"
-    train.cut_log(log, 3)  # nothing there yet
-    assert not log.exists()
-    lines = [json.dumps({"step": s, "loss": 1.0}) + "\n" for s in range(5)]
-    log.write_text("".join(lines) + '{"step": 5, "lo')
-    train.cut_log(log, 3)
-    assert log.read_text() == "".join(lines[:3])
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -336,13 +269,11 @@ def steps_of(out: Path) -> list[dict]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, running statistics, momentum, averaged weights, and every loss."""
+    """Bit for bit: weights, running statistics, momentum, and every loss."""
     one, two = torch.load(a / "last.pt"), torch.load(b / "last.pt")
     assert one["step"] == two["step"]
     for key, value in one["model"].items():
         assert torch.equal(value, two["model"][key]), key
-    for key, value in (one["ema"] or {}).items():
-        assert torch.equal(value, two["ema"][key]), key
     for key, value in one["optimizer"]["state"].items():
         assert torch.equal(
             value["momentum_buffer"], two["optimizer"]["state"][key]["momentum_buffer"]
@@ -361,7 +292,7 @@ def whole_run(shapes_root, tmp_path_factory) -> Path:
 
 
 def run_flags(root: Path, out: Path, *more) -> list[str]:
-    flags = ["--batch-size", 4, "--iterations", 5, "--save-every", 2, "--ema", 0.5, "--lr", 0.02]
+    flags = ["--batch-size", 4, "--iterations", 5, "--save-every", 2, "--lr", 0.02]
     return voc_flags(root, *flags, "--out", out, *more)
 
 
@@ -373,13 +304,13 @@ def test_a_run_leaves_what_it_says(whole_run, shapes_root, capsys):
     assert all(line["positives"] > 1 for line in log)
     about = json.loads((whole_run / "run.json").read_text())
     assert about["args"]["batch_size"] == 4
-    assert about["config"]["classes"] == list(data.SHAPE_CLASSES)
+    assert about["config"]["classes"] == list(SHAPE_CLASSES)
     assert torch.load(whole_run / "previous.pt")["step"] == 4
-    model, checkpoint = scratchdet.load(whole_run / "last.pt")
+    model, checkpoint = load_detector(whole_run / "last.pt")
     assert checkpoint["step"] == 5
     assert model.config.backbone == "resnet18"
     assert any(whole_run.rglob("*.png")), "no picture of detections"
-    records, _ = data.read_voc(shapes_root, ["2007:test"], data.SHAPE_CLASSES)
+    records, _ = read_voc(shapes_root, ["2007:test"], SHAPE_CLASSES)
     found = evaluation.run_detector(model, records, what=None)
     assert len(found) == 4
 
@@ -387,7 +318,7 @@ def test_a_run_leaves_what_it_says(whole_run, shapes_root, capsys):
 def test_evaluation_uses_the_running_statistics_and_goes_back_to_training(shapes_root):
     """In the middle of a run: detections do not depend on the batch, and nothing is disturbed."""
     torch.manual_seed(0)
-    records, classes = data.read_voc(shapes_root, ["2007:test"], data.SHAPE_CLASSES)
+    records, classes = read_voc(shapes_root, ["2007:test"], SHAPE_CLASSES)
     model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=tuple(classes))).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pairs, fours = (
@@ -407,8 +338,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     flags = run_flags(shapes_root, tmp_path, "--workers", workers, "--resume")
     update, last_step = train.update, []
 
-    def interrupted(optimizer, model, ema, step, args):
-        update(optimizer, model, ema, step, args)
+    def interrupted(optimizer, step, logged, args):
+        update(optimizer, step, logged, args)
         last_step.append(step)
         if step == 2 and how == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -433,17 +364,17 @@ def test_frozen_weights_stay_and_the_others_learn(shapes_root):
     """A network of one's own, with a part that has no gradients."""
     args = train.parse_args(["--batch-size", "2"])
     args.bf16 = False
-    records, classes = data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)
+    records, classes = read_voc(shapes_root, ["2007:train"], SHAPE_CLASSES)
     model = ScratchDet(Config(backbone="resnet18", width=0.125, classes=tuple(classes)))
     model.features.stem.requires_grad_(False)
     frozen, free = model.features.stem[0][0].weight, model.head.loc[0][0].weight
     before = frozen.clone(), free.clone()
-    optimizer = torch.optim.SGD(train.parameter_groups(model, 5e-4), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(train.parameter_groups(model), lr=0.1, momentum=0.9, fused=True)
     batches = data.batches(records, 300, batch_size=2, seed=0, augment="flip")
     log, _ = train.forward_backward(model, model, batches, args)
     wanted = math.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.requires_grad))
-    assert log[3].item() == pytest.approx(wanted, rel=1e-4)
-    train.update(optimizer, model, None, 0, args)
+    assert log["grad_norm"].item() == pytest.approx(wanted, rel=1e-4)
+    train.update(optimizer, 0, log, args)
     assert torch.equal(frozen, before[0])
     assert not torch.equal(free, before[1])
 
@@ -460,16 +391,16 @@ class Dropping(nn.Module):
 
 
 def test_a_network_with_dropout_resumes_bit_for_bit(shapes_root, tmp_path, monkeypatch):
-    make_body = scratchdet.make_body
-    monkeypatch.setattr(scratchdet, "make_body", lambda config: Dropping(make_body(config)))
+    body = scratchdet.BODIES["resnet18"]
+    monkeypatch.setitem(scratchdet.BODIES, "resnet18", lambda config: Dropping(body(config)))
     more = ["--iterations", 3, "--width", 0.125, "--resume"]
     whole, resumed = (run_flags(shapes_root, tmp_path / name, *more) for name in ("a", "b"))
     train.main(whole)
 
-    def crash(optimizer, model, ema, step, args):
+    def crash(optimizer, step, logged, args):
         if step == 2:
             raise KeyboardInterrupt
-        update(optimizer, model, ema, step, args)
+        update(optimizer, step, logged, args)
 
     update = train.update
     with monkeypatch.context() as patch:
@@ -494,7 +425,7 @@ def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
 def test_an_overfit_run_is_measured_again_on_its_own_images(shapes_root, tmp_path):
     train.main(voc_flags(shapes_root, "--overfit", 2, "--iterations", 1, "--out", tmp_path))
     again = tmp_path / "again.json"
-    train.evaluation.main([f"{tmp_path}/last.pt", "--workers", "0", "--json", str(again)])
+    evaluation.main([f"{tmp_path}/last.pt", "--workers", "0", "--json", str(again)])
     expected = json.loads((tmp_path / "results.json").read_text())
     assert expected["images"] == 2
     assert expected.pop("cpu_minutes") > 0
@@ -510,7 +441,7 @@ def test_resuming_with_another_flag_or_other_classes_is_refused(whole_run, shape
         train.main(run_flags(shapes_root, whole_run, "--resume", "--voc-root", fewer))
     (shapes_root / "names.txt").write_text("x\n")
     names = tmp_path / "other.txt"
-    names.write_text("\n".join([*data.SHAPE_CLASSES[1:], data.SHAPE_CLASSES[0]]))
+    names.write_text("\n".join([*SHAPE_CLASSES[1:], SHAPE_CLASSES[0]]))
     with pytest.raises(ValueError, match="classes|detects"):
         train.main(run_flags(shapes_root, whole_run, "--resume", "--classes", names))
 
@@ -530,22 +461,23 @@ def test_a_resumed_run_takes_its_data_from_another_place(whole_run, shapes_root,
     """The same flags otherwise, a recipe's own numbers written out; and it may skip steps now."""
     moved, names, out = tmp_path / "moved", tmp_path / "names.txt", tmp_path / "out"
     moved.symlink_to(shapes_root, target_is_directory=True)
-    names.write_text("\n".join(data.SHAPE_CLASSES))
+    names.write_text("\n".join(SHAPE_CLASSES))
     out.mkdir()
     shutil.copy(whole_run / "last.pt", out)
-    more = ["--voc-root", moved, "--classes", names, "--skip-nonfinite", "--std", 1, 1, 1]
+    more = ["--voc-root", moved, "--classes", names, "--skip-nonfinite"]
     more += ["--drops", 0.45, 0.75, 0.95]
-    args, checkpoint = train.resolve(run_flags(shapes_root, out, "--resume", *more))
+    flags = run_flags(shapes_root, out, "--resume", *more)
+    args, checkpoint = run_folder.resume(train.parse_args, flags)
     assert (args.voc_root, args.classes, args.skip_nonfinite) == (str(moved), str(names), True)
     assert checkpoint["step"] == 5
-    args, _ = train.resolve(["--out", str(out), "--resume"])
+    args, _ = run_folder.resume(train.parse_args, ["--out", str(out), "--resume"])
     assert args.voc_root == str(shapes_root)
     with pytest.raises(ValueError, match="--coco-root x.*started with None"):
-        train.resolve(["--out", str(out), "--resume", "--coco-root", "x"])
+        run_folder.resume(train.parse_args, ["--out", str(out), "--resume", "--coco-root", "x"])
 
 
 @pytest.mark.cuda
-def test_the_programs_on_a_gpu(shapes_root, tmp_path, monkeypatch, capsys):
+def test_the_programs_on_a_gpu(shapes_root, tmp_path, capsys):
     """Train, resume, time and measure there; the first loss is the CPU's, to what TF32 rounds."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -566,12 +498,8 @@ def test_the_programs_on_a_gpu(shapes_root, tmp_path, monkeypatch, capsys):
     log = steps_of(tmp_path / "run")
     assert [line["step"] for line in log] == list(range(45))
     assert log[-1]["loss"] < log[0]["loss"]
-    train.main([*flags, "--bench"])
-    assert re.search(r"peak memory \d", capsys.readouterr().out)
-    monkeypatch.setattr(evaluation, "SECONDS", 0.1)
-    for more in ([], ["--fps"]):
-        evaluation.main([f"{run}/last.pt", "--device", "cuda", *more])
-    assert re.search(r"mAP 0\.[\s\S]*batch 8: network \d", capsys.readouterr().out)
+    evaluation.main([f"{run}/last.pt", "--device", "cuda"])
+    assert re.search(r"mAP 0\.", capsys.readouterr().out)
 
 
 def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys):
@@ -579,18 +507,18 @@ def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys
     torch.manual_seed(0)
     args = train.parse_args(["--batch-size", "2", "--backbone", "root-resnet34", "--width", "1"])
     args.bf16 = False
-    records, classes = data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)
+    records, classes = read_voc(shapes_root, ["2007:train"], SHAPE_CLASSES)
     model = ScratchDet(Config(classes=tuple(classes))).to(memory_format=torch.channels_last)
-    groups = train.parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
+    groups = train.parameter_groups(model)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=train.MOMENTUM, fused=True)
     batches = data.batches(records, 300, batch_size=2, seed=0, augment="flip")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     start = time.process_time()
     log, images = train.forward_backward(model, model, batches, args)
     assert len(images) == 2
-    assert log.isfinite().all()
-    assert log[2] > 1  # positives an image
-    train.update(optimizer, model, None, 1000, args)
+    assert all(value.isfinite() for value in log.values())
+    assert log["positives"] > 1  # per image
+    train.update(optimizer, 1000, log, args)
     seconds = time.process_time() - start
     with capsys.disabled():
         print(f" [Root-ResNet-34, one step of 2 images: {seconds:.1f} CPU s]", end="")
@@ -606,7 +534,7 @@ def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys
 def test_accumulation_averages_the_losses_of_its_micro_batches(shapes_root):
     """Each divided by its own positives, as Caffe's iter_size does; not by those of all."""
     torch.manual_seed(0)
-    records, classes = data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)
+    records, classes = read_voc(shapes_root, ["2007:train"], SHAPE_CLASSES)
     model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=tuple(classes)))
     gradients, logs = [], []
     for batch_size, accumulate, start in ((2, 1, 0), (2, 1, 1), (4, 2, 0)):
@@ -617,7 +545,8 @@ def test_accumulation_averages_the_losses_of_its_micro_batches(shapes_root):
         logs.append(log)
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(logs[2][:3], (logs[0] + logs[1])[:3] / 2)
+    for name in ("loc", "conf", "positives"):
+        torch.testing.assert_close(logs[2][name], (logs[0][name] + logs[1][name]) / 2)
     for first, second, both in zip(*gradients, strict=True):
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-4, atol=1e-6)
 
@@ -742,17 +671,17 @@ def test_a_disk_that_fills_up_is_said_with_the_remedy(shapes_root, tmp_path, mon
 
 def test_a_plan_that_does_not_fit_the_memory_names_what_would(shapes_root, tmp_path, monkeypatch):
     needed = []
-    real = train.machine.memory_needed
+    real = plan.memory_needed
 
     def counted(model, images, bf16):
         needed.append((images, real(model, images, bf16)))
         return needed[-1][1]
 
-    monkeypatch.setattr(train.machine, "memory_needed", counted)
-    monkeypatch.setattr(train.machine, "free_memory", lambda device: 1.5 * 2**30)
+    monkeypatch.setattr(plan, "memory_needed", counted)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1.5 * 2**30)
     flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--backbone", "root-resnet34")
     with pytest.raises(ValueError, match="GiB") as caught:
-        train.main([*flags, "--width", "1", "--batch-size", "128"])
+        train.main([*flags, "--width", "1", "--batch-size", "128", "--no-bf16"])
     message = str(caught.value)
     assert "1.5 GiB are free" in message
     images, bytes_needed = needed[0]
@@ -767,7 +696,7 @@ def test_a_plan_that_does_not_fit_the_memory_names_what_would(shapes_root, tmp_p
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     shapes_root, tmp_path, monkeypatch
 ):
-    flags = run_flags(shapes_root, tmp_path, "--log-gradients")
+    flags = run_flags(shapes_root, tmp_path)
     real, calls = train.multibox_loss, []
 
     def poisoned(*args):
@@ -845,7 +774,7 @@ def test_controls_on_shapes(tmp_path, capsys):
     """What the metric gives to a network that cannot know: untrained below .01; trained in the
     same way, but with the labels shuffled among all boxes, below .30 and below the true labels."""
     roots = {
-        name: data.draw_shapes(tmp_path / name, num_train=400, num_test=80)
+        name: draw_shapes(tmp_path / name, num_train=400, num_test=80)
         for name in ("true", "shuffled")
     }
     shuffle_labels(roots["shuffled"])
@@ -859,7 +788,7 @@ def test_controls_on_shapes(tmp_path, capsys):
         name: json.loads((tmp_path / name / "results.json").read_text())["mAP"] for name in runs
     }
     torch.manual_seed(0)
-    records, _ = data.read_voc(roots["true"], ["2007:test"], data.SHAPE_CLASSES)
+    records, _ = read_voc(roots["true"], ["2007:test"], SHAPE_CLASSES)
     config = torch.load(tmp_path / "true" / "last.pt")["config"]
     found["untrained"] = evaluation.evaluate(
         ScratchDet(Config.from_dict(config)), records, metric="voc07"

@@ -1,4 +1,4 @@
-"""The part of `python -m ops.bench` that needs a GPU: kernels, rungs and torchvision there."""
+"""The part of `python -m experiments.ops_bench` that needs a GPU: kernels, rungs, torchvision."""
 
 import statistics
 import time
@@ -6,10 +6,11 @@ import time
 import torch
 
 import ops
+from ops import ladder, reference
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
-from . import ladder, peers, reference
-from .bench import LIMITS, check, objects, outputs, random_boxes
+from . import peers
+from .ops_bench import LIMITS, check, objects, outputs, random_boxes
 
 HOST_IN_THE_LOOP = ("nms_1_pairs", "nms_2_tiles")  # no CUDA graph can record these
 
@@ -81,6 +82,16 @@ def bench(rng):
             lines.append(f"| {op} | {case} | {name} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
 
+    images = torch.randint(0, 256, (128, 3, 300, 300), dtype=torch.uint8, generator=rng)
+    inside, most = torch.tensor([[0, 0, 300, 300]] * 128), torch.tensor([1, 32, 0.5, 0.5, 18])
+    neutral = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
+    jitter = neutral + (torch.rand(128, 5, generator=rng) * 2 - 1) * most
+    jitter = torch.where(torch.rand(128, 5, generator=rng) < 0.5, jitter, neutral)
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = [123.0, 117.0, 104.0], [1.0, 1.0, 1.0], "rgb", dtype
+        calls = {"kernel": lambda *t, s=settings: ops.colour(*t, *s)}
+        case = f"batch 128, {str(dtype).removeprefix('torch.')}"
+        compare("colour", case, (images, inside, jitter), calls, None)
     for n in (400, 8732):
         tensors = random_boxes(n, rng), torch.rand(n, generator=rng), torch.zeros(n).long()
         names = [x for x in ladder.NMS if x != "nms_4_block" or n <= 1024]
@@ -114,6 +125,8 @@ def bench(rng):
 def close(result, expected):
     """Equal, but for rounding in one image of a batch of detections or of cross-entropies."""
     if torch.is_tensor(result) and not result.is_floating_point():
+        return torch.equal(result.cpu(), expected)
+    if torch.is_tensor(result) and result.dim() == 4:  # of colour, every bit
         return torch.equal(result.cpu(), expected)
     if torch.is_tensor(result):
         same = ((result.cpu() - expected).abs() < 1e-5).all(1)

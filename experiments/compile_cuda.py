@@ -1,6 +1,6 @@
 """Compiles every .cu file for sm_80 and sm_90; no GPU is needed. CI runs it wherever nvcc is.
 
-    python ops/compile_cuda.py [FILE.cu ...]
+    python -m experiments.compile_cuda [FILE.cu ...]
 
 Prints registers, shared memory and spills of each kernel. Exits 1 if a file does not compile, a
 kernel spills registers to memory or the files do not link into one library (a function of a header
@@ -17,9 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-OPS = Path(__file__).resolve().parent
+OPS = Path(__file__).resolve().parents[1] / "ops"
 ARCHITECTURES = ("80", "90")  # A100, H100 and H200
-KERNEL = re.compile(r"([a-z]+_kernel)(?:ILb(\d)E)?")  # in a mangled name
+KERNEL = re.compile(
+    r"\d([a-z]+_kernel)(?:I(\w+?)EEv)?"
+)  # in a mangled name, with template arguments
+TYPES = {"f": "float", "Lb0": "false", "Lb1": "true"}
+
+
+def kernel_name(mangled):
+    """_ZN..12class_kernelILb1EEEvNS.. -> class_kernel<true>."""
+    name, argument = KERNEL.search(mangled).groups()
+    if argument is None:
+        return name
+    known = next((x for x in ("Half", "BFloat16") if x in argument), None)
+    return f"{name}<{known or TYPES.get(argument, argument)}>"
 
 
 def object_of(source, folder):
@@ -36,8 +48,7 @@ def compile_file(source, nvcc, flags, folder):
     rows = []
     for line in result.stderr.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", line):
-            name = KERNEL.search(found[1])
-            kernel = f"{name[1]}<{name[2]}>" if name[2] else name[1]
+            kernel = kernel_name(found[1])
             architecture = found[2]
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spilled = int(found[1]) + int(found[2])
@@ -63,7 +74,6 @@ def main(arguments):
         print("no nvcc on this machine: the CUDA files were NOT compiled")
         return 0
     os.environ["SCRATCHDET_OPS"] = "reference"  # import ops without building anything
-    sys.path.insert(0, str(OPS.parent))
     from torch.utils.cpp_extension import include_paths
 
     from ops.jit import NVCC_FLAGS
@@ -73,7 +83,7 @@ def main(arguments):
     sources = [Path(name) for name in arguments]
     sources = sources or sorted(OPS.glob("*.cu")) + sorted(OPS.glob("ladder/*.cu"))
     failed = not sources
-    print(f"{'file':22} {'sm':3} {'kernel':18} registers  shared bytes  spilled bytes")
+    print(f"{'file':22} {'sm':3} {'kernel':23} registers  shared bytes  spilled bytes")
     with ThreadPoolExecutor(os.cpu_count()) as pool, tempfile.TemporaryDirectory() as folder:
         found = pool.map(partial(compile_file, nvcc=nvcc, flags=flags, folder=folder), sources)
         for source, rows in zip(sources, found, strict=True):
@@ -81,7 +91,7 @@ def main(arguments):
             for architecture, kernel, registers, shared, spilled in rows or []:
                 failed |= spilled > 0
                 print(
-                    f"{source.name:22} {architecture:3} {kernel:18} "
+                    f"{source.name:22} {architecture:3} {kernel:23} "
                     f"{registers:9} {shared:13} {spilled:14}"
                 )
             sys.stdout.flush()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from .reference import decode
+from ops.reference import decode
 
 
 def overlap_matrix(a_xyxy, b_xyxy):
@@ -90,6 +90,44 @@ def recipe_postprocess(loc, logits, priors, score_threshold, top_k, iou_threshol
         found = torch.cat(found) if found else boxes.new_zeros((0, 6))
         result.append(found[found[:, 4].sort(descending=True, stable=True).indices[:keep]])
     return result
+
+
+def steps_colour(images, inside, jitter, mean, std, channels, dtype):
+    """Colour, mean and layout in PyTorch as this repository did it before it had a kernel: an image
+    at a time, a step only where it changes something, in place where it can."""
+    out = torch.zeros_like(images, dtype=dtype, memory_format=torch.channels_last)
+    scale = [torch.tensor(v)[:, None, None] for v in (mean, std)]
+    for n, (x0, y0, x1, y1) in enumerate(inside.tolist()):
+        part = slice(n, n + 1), slice(None), slice(y0, y1), slice(x0, x1)
+        x = (steps_jitter(images[part].float(), jitter[n].tolist()) - scale[0]) / scale[1]
+        out[part] = x if channels == "rgb" else x.flip(1)
+    return out
+
+
+def steps_jitter(x, row):
+    order, brightness, contrast, saturation, hue = (torch.tensor(v) for v in row)
+    if brightness != 0:
+        x = (x + brightness).round_().clamp_(0, 255)
+    if contrast != 1 and order == 0:
+        x = (x * contrast).round_().clamp_(0, 255)
+    if saturation != 1:
+        value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+        factor = torch.minimum(saturation, value / (value - lowest).clamp_(min=1.0))
+        x = (value - (value - x) * factor).round_()
+    if hue != 0:
+        r, g, b = x.unbind(1)
+        value, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+        chroma = value - lowest
+        safe = chroma.clamp(min=1.0)
+        h = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+        h = torch.where(value == r, (g - b) / safe, h)
+        h = (torch.where(h < 0, h + 6, h) + hue / 30).clamp_(min=0)
+        h = torch.where(h >= 6, h - 6, h)
+        x = torch.stack([(h - 3).abs_() - 1, 2 - (h - 2).abs_(), 2 - (h - 4).abs_()], dim=1)
+        x = x.clamp_(0, 1).mul_(chroma[:, None]).add_(lowest[:, None]).round_()
+    if contrast != 1 and order > 0:
+        x = (x * contrast).round_().clamp_(0, 255)
+    return x
 
 
 def torchvision_nms():

@@ -1,13 +1,14 @@
 """Times the ops against their rungs, their reference and their peers, on this machine.
 
-    python -m ops.bench            some three minutes; rewrites the table in ops/README.md
-    python -m ops.bench --quick    half a minute; prints only
+    python -m experiments.ops_bench            three minutes; rewrites the table in docs/kernels.md
+    python -m experiments.ops_bench --quick    half a minute; prints only
 
 All candidates of a row run in turn in one process, on the same tensors and, on the CPU, on one
 thread; a time is the median. Equality is checked in the same run: with the reference always, with
 a peer where its rules and ours coincide. A ratio between two columns of one run holds elsewhere,
 too; a time alone does not. torchvision joins in where it is installed. mined_cross_entropy is timed
-as a part of the whole loss, by experiments/loss_bench.py.
+as a part of the whole loss, by experiments/loss_bench.py. An op that has no bench of its own here
+is timed beside its reference, on the inputs of tests/harness/op_table.py.
 """
 
 import argparse
@@ -23,13 +24,15 @@ from pathlib import Path
 
 import torch
 
-import machine
 import ops
+from ops import ladder, reference
+from plumbing import machine
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
-from . import ladder, peers, reference
+from . import peers
 
-README = Path(__file__).with_name("README.md")
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LIMITS = (0.01, 400, 0.45, 200)  # score, top k, IoU, detections: the SSD's
 
@@ -259,6 +262,42 @@ def same_image(scores, labels, other_scores, other_labels):
     )
 
 
+def bench_colour(table, batches, seconds, rng):
+    """A batch of training, where each step of the jitter is on half the time; and of evaluation."""
+    neutral = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])
+    for n in batches:
+        images = torch.randint(0, 256, (n, 3, 300, 300), dtype=torch.uint8, generator=rng)
+        inside = torch.tensor([[0, 0, 300, 300]] * n)
+        drawn = (torch.rand(n, 5, generator=rng) * 2 - 1) * torch.tensor([1, 32, 0.5, 0.5, 18])
+        is_used = torch.rand(n, 5, generator=rng) < 0.5
+        jitter = torch.where(is_used, neutral + drawn, neutral)
+        for regime, rows in (("training", jitter), ("evaluation", neutral.expand(n, 5))):
+            settings = [123.0, 117.0, 104.0], [1.0, 1.0, 1.0], "rgb", torch.float32
+            args = images, inside, rows, *settings
+            check(torch.equal(ops.colour(*args), reference.colour(*args)), "colour, reference")
+            check(torch.equal(ops.colour(*args), peers.steps_colour(*args)), "colour, steps")
+            candidates = {
+                "kernel": partial(ops.colour, *args),
+                "PyTorch, image by image": partial(peers.steps_colour, *args),
+                "reference": partial(reference.colour, *args),
+            }
+            table.add("colour", f"batch {n}, {regime}", measure(candidates, seconds))
+
+
+def bench_others(table, seconds, rng):
+    """Ops without a bench of their own: the kernel beside the reference."""
+    sys.path.append(str(ROOT / "tests"))
+    from harness.op_table import OPS
+
+    known = ("colour", "match", "mined_cross_entropy", "nms", "postprocess")
+    for op in [name for name in OPS if name not in known]:
+        arguments = OPS[op].full_case(rng)
+        OPS[op].check(op, arguments)
+        calls = {"kernel": getattr(ops, op), "reference": getattr(reference, op)}
+        candidates = {name: partial(call, *arguments) for name, call in calls.items()}
+        table.add(op, "full size", measure(candidates, seconds))
+
+
 # ------------------------------------------------------------------------------- the build
 
 
@@ -270,7 +309,7 @@ def bench_build(table):
         "print(time.process_time() - c + u.ru_utime + u.ru_stime)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(Path(__file__).parent, Path(folder) / "ops")
+        shutil.copytree(ROOT / "ops", Path(folder) / "ops")
         seconds = []
         for _ in range(2):
             done = subprocess.run(
@@ -286,17 +325,15 @@ def bench_build(table):
 # ------------------------------------------------------------------------------- the report
 
 
-def write_readme(text):
-    readme = README.read_text() if README.exists() else "# ops\n"
-    if BEGIN not in readme:
-        readme += f"\n## Measured\n\n{BEGIN}\n{END}\n"
-    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
-    README.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+def write_page(text):
+    page = PAGE.read_text()
+    head, tail = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer inputs; README.md stays")
+    parser.add_argument("--quick", action="store_true", help="fewer inputs; the page stays")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     if not ops.COMPILED["cpu"] or ops.MODE == "emulate":
@@ -308,6 +345,8 @@ def main():
     seconds = 0.1 if quick else 1.0
     cpu = Table()
     print(*cpu.lines, sep="\n")
+    bench_colour(cpu, (8,) if quick else (8, 32), seconds, rng)
+    bench_others(cpu, seconds, rng)
     bench_nms(cpu, (400, 8732) if quick else (400, 1000, 2000, 8732), seconds, rng)
     many = [(32, 2.4), (128, 2.4)]
     single = [(1, 1), (1, 5), (1, 20), (1, 100), *many, (32, 7.3), (128, 7.3)]
@@ -315,17 +354,17 @@ def main():
     bench_postprocess(cpu, (1,) if quick else (1, 32), seconds, rng)
     if not quick:
         bench_build(cpu)
-    text = [f"`python -m ops.bench`, {where}.", "", *cpu.lines]
+    text = [f"`python -m experiments.ops_bench`, {where}.", "", *cpu.lines]
     if torch.cuda.is_available() and ops.COMPILED["cuda"]:
-        from . import bench_cuda
+        from . import ops_bench_cuda
 
-        text += ["", f"On {torch.cuda.get_device_name()}:", "", *bench_cuda.bench(rng)]
+        text += ["", f"On {torch.cuda.get_device_name()}:", "", *ops_bench_cuda.bench(rng)]
     else:
         text += ["", "CUDA: not measured (no GPU with built kernels at hand)."]
         print(text[-1])
     if not quick:
-        write_readme("\n".join(text))
-        print(f"wrote the table into {README}")
+        write_page("\n".join(text))
+        print(f"wrote the table into {PAGE}")
 
 
 if __name__ == "__main__":

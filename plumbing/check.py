@@ -1,0 +1,86 @@
+"""The data check: reads and decodes everything, and lists what is wrong, with its place."""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from plumbing.files import (
+    BadData,
+    Findings,
+    Record,
+    decode_pixels,
+    exif_orientation,
+    open_record,
+)
+
+LIST = 20  # notes of one kind that are listed; of what is refused or corrected, all
+
+
+def check(
+    sources: dict[str, Callable[[], tuple]], found: Findings, workers: int | None = None
+) -> int:
+    """`sources`: {set: reads it, -> (records, class names)} -> the exit status: 1 where training
+    would refuse or correct something. `found` collects."""
+    records: dict[Path, Record] = {}
+    names: dict[str, list[str]] = {}
+    for name, read in sources.items():
+        try:
+            some, names[name] = read()
+            records.update((record.path, record) for record in some)
+        except BadData as error:  # nothing of this set can be read
+            found.refuse(error.where, error.what)
+    everything = set(itertools.chain(*names.values()))
+    for name, classes in names.items():
+        if lacks := sorted(everything - set(classes)):
+            what = f"lacks {', '.join(lacks)}: a network trained on it alone cannot be measured on"
+            found.note(f"set {name}", f"{what} the sets that have them")
+    decode_all(list(records.values()), found, workers or os.cpu_count() or 1)
+
+    for title, kinds, most in (
+        ("refused", found.refused, None),
+        ("handled", found.handled, None),
+        ("note", found.notes, LIST),
+    ):
+        for what, places in kinds.items():
+            places = list(dict.fromkeys(places))  # a file may be in several sets
+            for place in places[:most]:
+                print(f"{title:8} {place}  {what}")
+            if len(places) > len(places[:most]):
+                print(f"{title:8} ... and {len(places) - LIST} more: {what}")
+    refused, handled, notes = (
+        len(set(itertools.chain(*kinds.values())))
+        for kinds in (found.refused, found.handled, found.notes)
+    )
+    objects = sum(len(record.labels) for record in records.values())
+    print(f"{len(records)} images, {objects} objects: {refused} places that training refuses, "
+          f"{handled} that it handles, {notes} notes")  # fmt: skip
+    return 1 if refused or handled else 0
+
+
+def decode_all(records: list[Record], found: Findings, workers: int) -> None:
+    """Decodes every image; the faults go into `found`."""
+
+    def inspect(record: Record) -> None:
+        try:
+            image = open_record(record)
+            if image.mode != "RGB":
+                found.note(record.path, f"mode {image.mode}, converted to RGB")
+            if exif_orientation(image) != 1:
+                found.note(record.path, "EXIF orientation, not applied: boxes are in stored pixels")
+            decode_pixels(image, record)
+        except BadData as error:
+            found.refuse(error.where, error.what)
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool:  # the decoders let go of the interpreter's lock
+        for done, _ in enumerate(pool.map(inspect, records), start=1):
+            rate = done / (time.monotonic() - start)
+            if done % 100 == 0 or done == len(records):
+                left = (len(records) - done) / rate
+                end = "\n" if done == len(records) else ""
+                print(f"\r{done}/{len(records)} images, {rate:.0f}/s, {left:.0f} s left ", end=end,
+                      file=sys.stderr, flush=True)  # fmt: skip

@@ -1,0 +1,34 @@
+"""Reading a checkpoint without trusting it."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """A checkpoint of train.py or experiments.convert, with its tensors on `device`.
+
+    Only tensors and plain data are read, so a checkpoint cannot run code. Its checksums are
+    verified, which torch.load does not do. ValueError says what is wrong and what to try.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch stores plain files. A zip bomb packs them; a flipped bit can make one a folder
+            odd = [e.filename for e in file.infolist() if e.compress_type or e.external_attr]
+            bad = odd[0] if odd else file.testzip()
+            if bad:
+                raise zipfile.BadZipFile(f"{bad} is not what was written")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = {"config", "model"} - set(checkpoint)
+        if missing or not isinstance(checkpoint["config"], dict):
+            raise ValueError("it has no 'config' and 'model'")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
+    except Exception as e:  # whatever torch raises on bytes from anywhere
+        why = " ".join(str(e).split())[:150] or type(e).__name__
+        raise ValueError(
+            f"{path}: not a checkpoint of train.py, or damaged ({why}). Expected a file such as "
+            "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
+        ) from None
+    return checkpoint

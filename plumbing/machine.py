@@ -1,0 +1,178 @@
+"""The machine under a run: what it is, what is free on it, and the processes of a run."""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+
+def check_device(name: str) -> None:
+    """ValueError unless `name` is cpu, or a GPU that is here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:1")
+    there = torch.cuda.device_count()
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {there} GPUs here")
+
+
+# ------------------------------------------------------------------------------ what it is
+
+
+@functools.cache  # every checkpoint has it, and it is that of the code when the run began
+def commit() -> str:
+    """The git commit of this code, with a + where files differ from it."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        rev = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+        return rev.stdout.strip() + ("+" if dirty.stdout else "") or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def processor(device: torch.device | str) -> str:
+    """The GPU's name, or the CPU's and how many of its threads are used."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def hardware(device: torch.device | str) -> str:
+    """The machine and torch, to stand beside a number that was measured."""
+    return f"{processor(device)}, torch {torch.__version__}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is fast there, not just possible."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with contextlib.suppress(OSError):
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    return False
+
+
+def keep_large_tensors() -> None:
+    """Tell glibc not to give memory back at every step: 1.5x the images/s on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1 & 0x7FFFFFFF)  # M_TRIM_THRESHOLD
+
+
+# ------------------------------------------------------------------------------ its memory
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a run may still take; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(), re.M)
+        free = int(found[1]) * 1024 if found else math.inf
+    return min(free, free_in_cgroup())
+
+
+def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")):
+    """Bytes left below the limit of this process's cgroup (docker, Slurm), v2 or v1; else infinity.
+
+    Every level counts: the limit may be set on a parent.
+    """
+    free = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        for entry in own.read_text().splitlines():
+            _, controllers, inside = entry.split(":", 2)
+            names = ("memory.max", "memory.current")  # v2
+            base = root
+            if controllers:
+                if "memory" not in controllers.split(","):
+                    continue
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                base = root / "memory"
+            folder = base / inside.lstrip("/")
+            if not folder.is_dir():  # in a container the path is the host's, the files are here
+                folder = base
+            for level in (folder, *folder.parents):
+                free = min(free, limit_minus_use(level, *names))
+                if level == base:
+                    break
+    return free
+
+
+def limit_minus_use(folder: Path, limit_name: str, use_name: str) -> float:
+    """Bytes; infinity without a limit. Pages of files, which can be dropped, do not count."""
+    try:
+        limit, use = (folder / limit_name).read_text().strip(), (folder / use_name).read_text()
+        if not limit.isdigit() or int(limit) > 1 << 60:  # "max", or v1's largest number
+            return math.inf
+        cached = 0
+        with contextlib.suppress(OSError, ValueError):
+            found = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+            cached = int(found[1]) if found else 0
+        return max(0, int(limit) - int(use) + cached)
+    except (OSError, ValueError):
+        return math.inf
+
+
+# ------------------------------------------------------------------------------ its processes
+
+
+def fresh_store() -> dict:
+    """Arguments of init_process_group that survive a restart of ranks.
+
+    torchrun on one node keeps its store when it restarts ranks, and the addresses of the dead ones
+    are still in it (pytorch issue 135712). So each restart uses keys of its own.
+    """
+    env = os.environ.get
+    if env("TORCHELASTIC_USE_AGENT_STORE") != "True" or env("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT')}", store)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
+def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
+    """(rank, world, device); more than one process where torchrun started us."""
+    check_device(args.device)
+    env = os.environ.get
+    rank, world, address = env("RANK", "0"), env("WORLD_SIZE", "1"), env("MASTER_ADDR")
+    if world == "1":
+        rank = "0"  # whatever a shell has kept
+    elif not (rank.isdigit() and world.isdigit() and address):
+        raise ValueError(
+            f"RANK={rank} WORLD_SIZE={world} MASTER_ADDR={address} in the environment: torchrun "
+            "sets all three. For one process: unset RANK WORLD_SIZE LOCAL_RANK"
+        )
+    rank, world = int(rank), int(world)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        local = int(env("LOCAL_RANK", 0)) if world > 1 else device.index or 0
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
+            print(f"rank {rank} waits for the others of WORLD_SIZE={world} at {address}; for one "
+                  "process: unset RANK WORLD_SIZE", file=sys.stderr)  # fmt: skip
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
+    return rank, world, device
+
+
+def end_ranks() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,143 @@
+"""What a run will cost on this machine, and whether it fits: asked before the first step.
+
+Where something does not fit, the error names the flag that helps.
+"""
+
+import os
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plumbing.machine import free_memory
+from plumbing.workers import PREFETCH
+
+
+def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:
+    """How many images there are, and whether the mAP will be that of images never seen."""
+    seen = len({r.path for r in train} & {r.path for r in test})
+    note = f" ({seen:,} of them trained on: no measure of new images)" if seen else ""
+    return (
+        f"{len(train):,} training images, {len(test):,} to evaluate{note}, {len(classes)} classes"
+    )
+
+
+def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: float, device) -> str:
+    """What the run will do and, where a step has been timed (`seconds`), what that takes."""
+    text = (
+        f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
+        f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
+        f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
+    )
+    if seconds:
+        minutes = args.iterations * seconds / 60
+        takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+        text += f"\nthis will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk"
+        if minutes > 7 * 24 * 60:
+            text += "\nthat is more than a week: --minutes 60 does the best that an hour allows"
+    return text
+
+
+def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: float) -> float:
+    """Calls `one_step` for that long. Afterwards the `states` (modules, optimizer) are as before.
+
+    The result of a step is fetched from the device, which waits for it.
+    """
+    before = [deepcopy(x.state_dict()) for x in states]
+    times = []
+    while len(times) < 3 or sum(times[1:]) < at_least:
+        begin = time.perf_counter()
+        one_step().item()
+        took = [time.perf_counter() - begin]
+        if dist.is_initialized():  # all ranks must do, and answer, the same
+            dist.broadcast_object_list(took, 0)
+        times += took
+    for x, state in zip(states, before, strict=True):
+        x.load_state_dict(state)
+    return sum(times[1:]) / (len(times) - 1)  # the first one warms up
+
+
+def check(model: nn.Module, micro: int, args: Namespace) -> tuple[float, float]:
+    """(GiB of a step, GB of checkpoints); ValueError for what is not free, with the remedy."""
+    costs = check_memory(model, micro, args), check_space(model, args)
+    check_shared_memory(micro, args)
+    return costs
+
+
+def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
+    """Bytes of a step: weights, and what backward needs (counted on the meta device)."""
+    seen, total = set(), 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal total
+        key = t.untyped_storage()._cdata
+        if key not in seen:
+            seen.add(key)
+            total += t.numel() * t.element_size()
+        return t
+
+    meta, size = deepcopy(model).to("meta").train(), model.config.size
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = meta(torch.empty(2, 3, size, size, device="meta"))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    activations = (total - weights) / 2 * images * (0.5 if bf16 else 1) + 8 * size * size * images
+    del outputs
+    return int(1.2 * activations) + 4 * weights
+
+
+def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
+    """GiB of a step; ValueError with the flag that helps where they are not free."""
+    device = model.priors_cxcywh.device
+    needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
+    if needed > free:
+        parts = next((n for n in range(2, micro) if micro % n == 0
+                      and memory_needed(model, micro // n, args.bf16) < free), None)  # fmt: skip
+        remedy = (
+            f"--accumulate {args.accumulate * parts} (BatchNorm then sees {micro // parts} images)"
+            if parts
+            else "--width 0.25 or a smaller --batch-size"
+        )
+        raise ValueError(
+            f"a step of {micro} images of {args.backbone} needs about {needed / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free on {device}. Try {remedy}"
+        )
+    return needed / 2**30
+
+
+def check_space(model: nn.Module, args: Namespace) -> float:
+    """GB of the run's checkpoints; ValueError where the disk has less."""
+    out = Path(args.out)
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    # weights and momentum; last.pt, previous.pt and the one being written
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) * 2
+    missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
+    needed = size * len(missing)
+    total, _, free = shutil.disk_usage(existing)
+    if total and needed > free:  # some file systems report 0 of 0: unknown
+        raise ValueError(
+            f"--out {out}: its checkpoints need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB "
+            "are free. Free some space, or choose another --out"
+        )
+    return 3 * size / 1e9
+
+
+def check_shared_memory(micro: int, args: Namespace) -> None:
+    """ValueError where /dev/shm is too small (Docker: 64 MB): workers hand over batches there."""
+    shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not args.workers or not shm.exists():
+        return
+    ahead = 2 if args.device.startswith("cuda") else PREFETCH
+    each = ahead * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
+    needed, (total, _, free) = args.workers * each, shutil.disk_usage(shm)
+    if total and needed > free:  # a total of 0: no limit, or unknown
+        raise ValueError(
+            f"--workers {args.workers}: their batches need up to {needed / 1e9:.3f} GB of "
+            f"/dev/shm, {free / 1e9:.3f} GB are free. Use --workers {int(free // each)}, or give "
+            "it more (docker run --shm-size 4g)"
+        )

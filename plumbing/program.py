@@ -1,0 +1,123 @@
+"""What every program needs: one way to fail, one line of progress, one way to be stopped."""
+
+import contextlib
+import errno
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Calls `main` and ends the process: with status 0, 2 and one line for an error, or 130.
+
+    `main` may return an exit status. Names that the console cannot print appear as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook or a test took its place
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except BrokenPipeError:  # `| head` took what it wanted
+        silence_output()
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+    except (ValueError, OSError) as error:
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
+        more = ": --out or --cache. Free some space, then go on with --resume" if full else ""
+        print(f"error: {error}{more}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        what = str(error).splitlines()[0]
+        print(f"error: {what} Try a smaller --batch-size or, in training, --accumulate 2",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def silence_output() -> None:
+    """Nobody reads standard output any more: what is still printed goes nowhere, and fails not."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:
+    """ValueError where one of these arguments, or one of its values, is not in [low, high]."""
+    expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(args, name)
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            if v is not None and not low <= v <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {v}: expected {expected}")
+
+
+class Progress:
+    """One live line with an ETA on a terminal; elsewhere a line every `every` seconds.
+
+    `progress(done, text)` may be called as often as one likes. `share` tells how much of the work
+    `done` stands for, where that is not done / total; `first` is the share done before the start.
+    """
+
+    def __init__(
+        self, total: int, what: str, *, unit: str = "images", every: float = 30, first: float = 0.0
+    ):
+        self.total, self.what, self.unit, self.every, self.first = total, what, unit, every, first
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, text: str = "", *, share: float | None = None) -> None:
+        now, last = time.monotonic(), done == self.total
+        if now - self.shown < (1 if self.live else self.every) and not last:
+            return
+        if last and not self.live and now - self.start < self.every and not text:
+            return  # it was short: no line at all
+        self.shown = now
+        share = done / max(1, self.total) if share is None else share
+        took = max(1e-9, now - self.start)
+        left = took * (1 - share) / max(1e-9, share - self.first)
+        text = text or f"{done / took:.1f} {self.unit}/s"
+        line = f"{self.what} {done}/{self.total}  {text}  ETA {duration(left)}"
+        end = "\n" if last or not self.live else ""
+        print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True, end=end)
+
+
+def duration(seconds: float) -> str:
+    """75 -> "0:01:15"; with days in front where there are any."""
+    days, rest = divmod(round(seconds), 86_400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+class StopSignals:
+    """While in use, SIGTERM, SIGINT and SIGHUP (a lost terminal) only set `number`.
+
+    So a step is finished and saved before the program ends. In a thread of somebody else's program
+    the signals are left to that program.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+                if hasattr(signal, name):  # Windows has no SIGHUP
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, _) -> None:
+        self.number = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
