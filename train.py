@@ -37,6 +37,7 @@ import ops
 from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint
+from plumbing.halves import in_threads
 from plumbing.program import StopSignals, check_range, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
@@ -70,13 +71,12 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
 LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backward
 
 
-def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
-    """The flags. Those that the recipe sets take their defaults from it; `defaults` override it."""
+def make_parser() -> argparse.ArgumentParser:
+    """All flags. Those without a default here take theirs from the recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    yes_no = argparse.BooleanOptionalAction
     # fmt: off
     group = parser.add_argument_group("data (without a root: drawn shapes)")
     sources.add_data_flags(group)
@@ -110,7 +110,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
         help="loader processes of each rank")
     add("--cache", metavar="DIR", help="keep the decoded images here, memory-mapped")
-    add("--bf16", action=yes_no, help="autocast; default: where the hardware is made for it")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="autocast; default: where the hardware is made for it")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="several GPUs: BatchNorm over all ranks' images")
     add("--out", metavar="DIR", help="default: runs/RECIPE; a run that is there moves aside")
@@ -119,37 +120,52 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP on the way, too")
     add("--skip-nonfinite", action="store_true", help="leave such steps out, and count them")
     # fmt: on
+    return parser
 
-    words = sys.argv[1:] if argv is None else argv  # the help waits for the recipe's defaults
-    given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+
+def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
+    """What follows from the flags that were given: (other flags' defaults, the recipe's own)."""
     kind = sources.kind_of(given)
-    recipe = given.recipe or {"voc": "voc07", "yolo": "voc07"}.get(kind, kind)
+    name = given.recipe or {"voc": "voc07", "yolo": "voc07"}.get(kind, kind)
     if not given.recipe and given.overfit:
-        recipe = "overfit"
+        name = "overfit"
     elif not given.recipe and given.minutes and kind != "shapes":
-        recipe = "budget"
-    base = {"data": kind, "recipe": recipe, "out": f"runs/{recipe}"}
-    base |= {"priors": "coco" if kind == "coco" else "voc"}
+        name = "budget"
+    base = {"data": kind, "recipe": name, "out": f"runs/{name}"}
+    base |= {"priors": "coco" if kind == "coco" else "voc"}  # COCO's objects are smaller
     base |= zip(("train_sets", "eval_sets"), sources.SETS[kind], strict=True)
-    if recipe == "voc12" and kind == "voc":  # section 4.3; VOC2012 test has no public annotations
+    if name == "voc12" and kind == "voc":  # section 4.3; VOC2012 test has no public annotations
         base["train_sets"] = ["2007:trainval", "2007:test", "2012:trainval"]
-    settings = RECIPES[recipe]
-    if recipe == "budget" and not given.device.startswith("cuda"):
-        settings = settings | ON_CPU
+    recipe = RECIPES[name]
+    if name == "budget" and not given.device.startswith("cuda"):
+        recipe = recipe | ON_CPU
     if given.init and Path(given.init).exists():  # a resumed run may find it gone
-        saved = read_checkpoint(given.init)["config"]  # its network is the default; classes is
-        settings = settings | {k: v for k, v in saved.items() if k != "classes"}  # a file's name
-    parser.set_defaults(**(base | settings | {"lr": None, "iterations": None} | defaults))
-    args = parser.parse_args(argv)
+        saved = read_checkpoint(given.init)["config"]  # its network is the default
+        recipe = recipe | {k: v for k, v in saved.items() if k != "classes"}  # a flag of its own
+    return base, recipe
+
+
+def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
+    """The flags, complete; `defaults` override the recipe's, and what is given overrides both.
+
+    Parsed twice: first to learn which recipe is asked for, then with its defaults.
+    """
+    parser = make_parser()
+    words = sys.argv[1:] if argv is None else argv
+    given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
+    base, recipe = recipe_for(given)
+    parser.set_defaults(**(base | recipe | {"lr": None, "iterations": None} | defaults))
+    args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
     check_args(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
         if getattr(args, root):  # so that eval.py finds it from any folder
             setattr(args, root, str(Path(getattr(args, root)).absolute()))
-    scale = args.batch_size / settings["batch_size"]  # the linear rule: same epochs
-    args.lr = settings["lr"] * scale if args.lr is None else args.lr
-    args.iterations = args.iterations or round(settings["iterations"] / scale)
+    # The linear rule (Goyal et al. 2017): twice the batch, twice the rate, half the steps.
+    scale = args.batch_size / recipe["batch_size"]
+    args.lr = recipe["lr"] * scale if args.lr is None else args.lr
+    args.iterations = args.iterations or round(recipe["iterations"] / scale)
     return args
 
 
@@ -176,7 +192,10 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero."""
+    """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero.
+
+    The paper drops it after 45, 75 and 95 % of the run (section 4.1) and has no warm-up.
+    """
     done = step / args.iterations
     warm = min(1.0, (step + 1) / max(1.0, args.warmup * args.iterations))
     if args.schedule == "linear":
@@ -220,13 +239,15 @@ def forward_backward(
         images += batch.indices.tolist()
         batch = data.to_device(batch, device)
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
-        waits = dist.is_initialized() and i < args.accumulate - 1  # ranks exchange once per step
+        # Ranks exchange gradients once per step, behind the last micro-batch.
+        waits = dist.is_initialized() and i < args.accumulate - 1
         with network.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
             loss_loc, loss_conf, positives = multibox_loss(
                 loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
             )
+            # Each micro-batch is divided by its own positives, then by how many there are.
             ((loss_loc + loss_conf) / args.accumulate).backward()
         parts.append(torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach())
     loc, conf, positives = torch.stack(parts).sum(0) / args.accumulate
@@ -320,9 +341,11 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 
 
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
-    """What a step calls: the model as it is, compiled, or shared between ranks."""
+    """What a step calls: the model shared between ranks, compiled, or in all threads of a CPU."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
+    if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
+        return in_threads(model, micro_batch(args, world))
     network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     return torch.compile(network) if args.compile else network
 

@@ -12,7 +12,7 @@ def test_peer_sees_the_same_pixels_and_boxes():
     batch = data.Batch(
         images=torch.full((2, 3, 300, 300), 255, dtype=torch.uint8),
         inside=torch.tensor([[0, 0, 300, 300], [0, 0, 150, 300]]),
-        colour=torch.tensor([data.PLAIN] * 2),
+        colour=torch.tensor([data.NEUTRAL] * 2),
         boxes_xyxy=torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.1, 0.2, 0.3, 0.4]]),
         labels=torch.tensor([3, 7]), offsets=torch.tensor([0, 0, 2]), indices=torch.tensor([5, 6]),
     )  # fmt: skip
