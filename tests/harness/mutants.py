@@ -244,7 +244,7 @@ MUTANTS = [
            "(loss_loc + loss_conf).backward()",
            "test_train.py", "accumulation"),
     Mutant("no linear rule", "train.py",
-           'settings["lr"] * scale', 'settings["lr"]',
+           'args.lr = recipe["lr"] * scale if', 'args.lr = recipe["lr"] if',
            "test_train.py", "linear_rule"),
     Mutant("momentum lost on resuming", "train.py",
            'optimizer.load_state_dict(checkpoint["optimizer"])', "pass",
