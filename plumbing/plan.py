@@ -3,6 +3,7 @@
 Where something does not fit, the error names the flag that helps.
 """
 
+import itertools
 import os
 import shutil
 import time
