@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 import ops
-from plumbing import sources
+from plumbing import check, fetch, sources
 from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
@@ -375,13 +375,9 @@ def main(argv: list[str] | None = None) -> int:
     check_range(args, "workers", 1)
     check_range(args, "seed", 0)
     if args.fetch:
-        from plumbing import fetch
-
         return fetch.main(args.fetch, args.to)
     sets = args.sets or sources.sets_there(args)
     if args.check:
-        from plumbing import check
-
         found = Findings(collect=True)
         read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
         return check.check(read, found, args.workers)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
+from experiments import page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
@@ -124,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP on the way, too")
     add("--skip-nonfinite", action="store_true", help="leave such steps out, and count them")
+    add("--page", action="store_true", help="at the end, the detector as a page: OUT/page.html")
     # fmt: on
     return parser
 
@@ -442,6 +443,8 @@ def main(argv: list[str] | None = None) -> dict:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(evaluation.results_text(results))
         report.write([out], out / "report.html")
+        if args.page:
+            page.write_page(out / "last.pt", out / "page.html")
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
     machine.end_ranks()
