@@ -180,7 +180,7 @@ def test_loss():
 
 @needs_node
 def test_average_precision():
-    """AP by VOC's rules, both ways, on random detections, duplicates and misses among them."""
+    """AP by VOC's rules, both ways, on random detections: duplicates, misses, difficult objects."""
     rng = np.random.default_rng(4)
     records, detections, pictures = [], [], []
     for i in range(30):
@@ -190,12 +190,11 @@ def test_average_precision():
         found = np.concatenate([near, random_boxes(rng, 6) * 300])
         found_labels = np.concatenate([np.repeat(labels, 3), rng.integers(1, 4, 6)])
         scores = rng.random(len(found))
-        no = np.zeros(len(boxes), bool)
-        area = np.ones(len(boxes))
-        records.append(Record(str(i), Path(f"{i}.jpg"), (300, 300), boxes, labels, no, area))
+        difficult, area = rng.random(len(boxes)) < 0.2, np.ones(len(boxes))
+        records.append(Record(str(i), Path(f"{i}.jpg"), (300, 300), boxes, labels, difficult, area))
         detections.append(Detections(found, scores, found_labels))
         pictures.append({
-            "boxes": boxes.tolist(), "labels": labels.tolist(),
+            "boxes": boxes.tolist(), "labels": labels.tolist(), "difficult": difficult.tolist(),
             "found": [{"xyxy": b, "score": s, "label": n} for b, s, n in
                       zip(found.tolist(), scores.tolist(), found_labels.tolist(), strict=True)],
         })  # fmt: skip
@@ -351,7 +350,8 @@ class Browser:
         self.process = subprocess.Popen(
             [CHROMIUM, "--headless", "--no-sandbox", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--remote-debugging-pipe", f"--user-data-dir={profile}", *flags],
+             "--remote-debugging-pipe", "--window-size=1280,900", f"--user-data-dir={profile}",
+             *flags],
             pass_fds=(3, 4), preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -416,6 +416,7 @@ class Browser:
 
     def drag(self, name: str, *points: tuple[float, float]):
         """The mouse over a canvas, pressed at the first point; in parts of its sides."""
+        self.run(FRAME)  # what is asked for is drawn, and moves the canvas no more
         box = self.run(f"""(() => {{ const c = document.getElementById('{name}');
           c.scrollIntoView({{ block: 'center', behavior: 'instant' }});
           const r = c.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }})()""")
