@@ -17,17 +17,21 @@ depend on (seed, s) alone, and the checkpoint holds the rest.
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 # Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import numpy as np  # noqa: E402
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -66,7 +70,7 @@ RECIPES = {
 # stronger augmentation (mAP after an hour .27, with crops .21). What did not help stands in
 # docs/results.md: drops instead of the line, averaged weights, half the batch, less warm-up.
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
-ON_CPU |= dict(save_every=500)
+ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))  # twice the images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
 LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backward
 
@@ -103,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--drops", type=float, nargs="*",
         help="where the learning rate falls to a tenth, as fractions of the run")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
+    add("--sizes", type=size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
+        help="grow: images of so many pixels until that share of the run's work is done")
     add("--seed", type=int, default=0, help="of the weights and of every sample")
 
     add = parser.add_argument_group("system").add_argument
@@ -121,6 +127,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip-nonfinite", action="store_true", help="leave such steps out, and count them")
     # fmt: on
     return parser
+
+
+def size_and_share(text: str) -> tuple[int, float]:
+    """160:.45 of --sizes -> (160, 0.45)."""
+    size, share = text.split(":")
+    return int(size), float(share)
 
 
 def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
@@ -181,6 +193,14 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise ValueError("--minutes and --iterations both say how long to train: give one")
     if given.drops and args.schedule == "linear":
         raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
+    grows = [(0, 0.0), *args.sizes]
+    if args.sizes and not (
+        grows[-1] == (args.size, 1) and all(a[1] < b[1] for a, b in itertools.pairwise(grows))
+    ):
+        raise ValueError(
+            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
+            f"shares that grow, to {args.size}:1 at the end, such as 160:.5 {args.size}:1"
+        )
     if args.sync_bn and not args.device.startswith("cuda"):
         raise ValueError(
             f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
@@ -191,13 +211,32 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------ optimisation
 
 
+def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
+    """The image sizes of the run; until which share of its work, and of its steps, each is used.
+
+    Work is pixels: ((150, 0.5), (300, 1)) are four of five steps at 150 pixels.
+    """
+    sizes, work = zip(*(args.sizes or [(args.size, 1.0)]), strict=True)
+    steps = np.cumsum(np.diff(work, prepend=0) / np.square(sizes))
+    return sizes, work, steps / steps[-1]
+
+
+def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
+    """Before step 0, 1, ...: the share of the run's work that is done, and the next image size."""
+    sizes, work, steps = stages(args)
+    ends, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
+    i = min(bisect(ends, step), len(sizes)) - 1
+    of_stage = (step - ends[i]) / max(1.0, ends[i + 1] - ends[i])
+    return work[i] + (work[i + 1] - work[i]) * of_stage, sizes[i]
+
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero.
 
     The paper drops it after 45, 75 and 95 % of the run (section 4.1) and has no warm-up.
     """
-    done = step / args.iterations
-    warm = min(1.0, (step + 1) / max(1.0, args.warmup * args.iterations))
+    done, after = progress(step, args)[0], progress(step + 1, args)[0]
+    warm = min(1.0, after / max(1e-9, args.warmup))
     if args.schedule == "linear":
         return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
     return args.lr * warm * 0.1 ** sum(done >= drop for drop in args.drops)
@@ -245,8 +284,9 @@ def forward_backward(
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
             loss_loc, loss_conf, positives = multibox_loss(
-                loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
-            )
+                loc, logits, model.priors_at(inputs.shape[-1]),
+                batch.boxes_xyxy, batch.labels, batch.offsets,
+            )  # fmt: skip
             # Each micro-batch is divided by its own positives, then by how many there are.
             ((loss_loc + loss_conf) / args.accumulate).backward()
         parts.append(torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach())
@@ -346,7 +386,10 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
         return in_threads(model, micro_batch(args, world))
-    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    network = model
+    if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient
+        unused = bool(args.sizes)
+        network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     return torch.compile(network) if args.compile else network
 
 
@@ -361,15 +404,23 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
     return results | {"cpu_minutes": round(seconds.item() / 60, 2)}
 
 
-def time_a_step(network, model, optimizer, batches: Iterator, args) -> float:
-    """Seconds that a step of such batches takes; the model and the optimizer stay as they were."""
+def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
+    """Mean seconds of a step over the sizes of the run; model and optimizer stay as they were.
 
-    def one_step() -> Tensor:
-        logged, _ = forward_backward(network, model, batches, args)
-        update(optimizer, 0, logged, args)
-        return logged["loc"]
+    `stream(size)` gives batches of that size.
+    """
+    sizes, _, ends = stages(args)
+    at_least, total = 3 * (args.minutes or 0) / len(sizes), 0.0
+    for size, share in zip(sizes, np.diff(ends, prepend=0), strict=True):
+        batches = stream(size)
 
-    return plan.seconds_per_step(one_step, (model, optimizer), at_least=3 * (args.minutes or 0))
+        def one_step(batches=batches) -> Tensor:
+            logged, _ = forward_backward(network, model, batches, args)
+            update(optimizer, 0, logged, args)
+            return logged["loc"]
+
+        total += share * plan.seconds_per_step(one_step, (model, optimizer), at_least)
+    return total
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -387,6 +438,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
     optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
+    for parameter in model.parameters():  # at small sizes not all have a gradient to begin with
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     costs = plan.check(model, micro, args)  # what does not fit ends the program here
@@ -397,9 +450,10 @@ def main(argv: list[str] | None = None) -> dict:
         say(run_folder.start_folder(out, left_out), end="")
     say(f"{ops.describe()}\n{summary(model)}\n{plan.about_data(train, test, classes)}")
 
-    def stream(step: int, images: int) -> Iterator[data.Batch]:
+    def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:
         return data.batches(
-            train, model.config.size, batch_size=images, seed=args.seed, augment=args.augment,
+            train, lambda i: size or progress(i // args.accumulate, args)[1],
+            batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.data != "coco",  # there it marks crowds (Caffe's ssd_coco.py)
             cache=args.cache, pin=device.type == "cuda",
@@ -409,7 +463,8 @@ def main(argv: list[str] | None = None) -> dict:
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.
         probe = min(micro, 8) if device.type == "cpu" else micro
-        seconds = time_a_step(network, model, optimizer, stream(0, probe), args) * micro / probe
+        trial = partial(stream, 0, probe)
+        seconds = time_a_step(network, model, optimizer, trial, args) * micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
@@ -425,7 +480,8 @@ def main(argv: list[str] | None = None) -> dict:
             finite = update(optimizer, step, logged, args)
             for buffer, before in zip(model.buffers(), statistics, strict=False):
                 buffer.copy_(buffer.where(finite, before))
-            log.write(step, logged, learning_rate(step, args), [train[i].name for i in rows])
+            lr, done = learning_rate(step, args), progress(step + 1, args)[0]
+            log.write(step, logged, lr, done, [train[i].name for i in rows])
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
             if saves or (stop.number and world == 1):  # several ranks stop at a common step

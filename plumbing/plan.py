@@ -35,6 +35,8 @@ def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: fl
         f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
         f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
     )
+    if args.sizes:
+        text += ", images of " + ", ".join(f"{size}" for size, _ in args.sizes) + " px"
     if seconds:
         minutes = args.iterations * seconds / 60
         takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
