@@ -6,6 +6,7 @@ tests say so and skip. The browser is asked through a pair of pipes (Chrome's De
 
 import base64
 import fcntl
+import io
 import json
 import os
 import select
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import metrics
@@ -307,6 +309,20 @@ def test_every_network_of_the_family(config, tmp_path):
         assert (ours - theirs).abs().max() < 1e-5 * scale
         assert (theirs - exact).abs().max() < 1e-2 * scale
         assert exact.std() > 0.01  # it says something
+
+
+def test_pictures_of_a_set(tmp_path):
+    """A large picture is shrunk, and its boxes with it; files come without boxes."""
+    Image.new("RGB", (1280, 640)).save(tmp_path / "wide.png")
+    boxes, no = np.array([[100.0, 60, 300, 200], [0, 0, 1280, 640]]), np.zeros(2)
+    labels, difficult = np.array([2, 1]), np.array([False, True])
+    record = Record("a", tmp_path / "wide.png", (1280, 640), boxes, labels, difficult, no)
+    one, other = page.read_pictures([record, tmp_path])
+    assert one["boxes"] == [[50, 30, 150, 100], [0, 0, 640, 320]]
+    assert (one["labels"], one["difficult"]) == ([2, 1], [False, True])
+    jpeg = base64.b64decode(one["src"].removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(jpeg)).size == (640, 320)
+    assert (other["name"], other["boxes"], other["difficult"]) == ("wide", [], [])
 
 
 def test_other_networks_are_refused(tmp_path):
