@@ -76,7 +76,7 @@ def test_priors_and_coding():
         got = run_js("return page.makePriors(given.table, given.sizes, given.size)",
                      {"table": PRIORS[name], "sizes": sizes, "size": size})  # fmt: skip
         assert torch.equal(torch.tensor(got), expected)
-    rng = np.random.default_rng(0)
+    rng, expected = np.random.default_rng(0), expected[::10].contiguous()
     loc = torch.from_numpy(rng.normal(0, 2, (len(expected), 4)).astype(np.float32))
     boxes = reference.decode(loc, expected)
     given = {"loc": loc.tolist(), "priors": expected.tolist(), "boxes": boxes.tolist()}
@@ -272,10 +272,11 @@ FAMILY = {
 
 @torch.no_grad()
 @needs_node
-@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
-def test_every_network_of_the_family(config, tmp_path):
+@pytest.mark.parametrize("name", [pytest.param("root", marks=pytest.mark.slow), *list(FAMILY)[1:]])
+def test_every_network_of_the_family(name, tmp_path):
     """A page's network in node equals PyTorch's, of the weights in the page; and they are close
     to the checkpoint's: BatchNorm is folded, and a weight has 11 bits."""
+    config = FAMILY[name]
     model = random_network(config)
     save_checkpoint(tmp_path / "last.pt", model)
     image = draw_image(np.random.default_rng(0))[0]
