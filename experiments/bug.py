@@ -7,9 +7,9 @@
     python -m experiments.bug 7 --tell                  the line, who had it, the test that sees it
 
 Both runs learn four pictures of drawn shapes by heart, in 120 steps, each on one core for some 20
-CPU seconds; the right one is kept for the next bug. runs/bugs/7.html has the curves, the detections
-and the kinds of error of both. The bug is a line of tests/harness/mutants.py, planted in a temporary
-copy of this repository. docs/lecture.md has the symptoms that were measured.
+CPU seconds; the right one is kept for the next bug. runs/bugs/7.html has curves, detections
+and the kinds of error of both. The bug is a line of tests/harness/mutants.py, planted in a copy of
+this repository that is gone afterwards. docs/lecture.md has the symptoms that were measured.
 """
 
 import argparse
