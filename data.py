@@ -26,7 +26,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -215,21 +215,24 @@ class Batch(NamedTuple):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """dataset[epoch, index] is one sample; all its randomness comes from (seed, epoch, index)."""
+    """dataset[epoch, index, size] is one sample, for an input of size x size pixels.
+
+    All its randomness comes from (seed, epoch, index): in another size it is the same sample.
+    """
 
     def __init__(
-        self, records: list[Record], size: int, *, seed: int = 0, augment: str = "ssd",
+        self, records: list[Record], *, seed: int = 0, augment: str = "ssd",
         keep_difficult: bool = True, cache: str | Path | None = None,
     ):  # fmt: skip
         if augment not in AUGMENT:
             raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENT)}")
-        self.records, self.size, self.seed, self.augment = records, size, seed, augment
+        self.records, self.seed, self.augment = records, seed, augment
         self.keep_difficult = keep_difficult
         self.cache = None if cache is None else build_cache(records, cache)
         self.starts = cache_starts(records)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+        epoch, index, size = key
         record = self.records[index]
         rng = np.random.default_rng((self.seed, epoch, index))
         boxes = (record.boxes_xyxy / np.array(record.size * 2)).clip(0.0, 1.0)  # (G, 4)
@@ -237,14 +240,14 @@ class Dataset(torch.utils.data.Dataset):
         if self.augment in ("ssd", "crop"):
             source = sample_source(boxes, rng, zoom_out=self.augment == "ssd")
             colour = sample_colour(rng)
-        source, part, inside, factor = snap(source, record.size, self.size)
-        image = render(record, part, inside, factor, self.size, self.cached_pixels(index))
+        source, part, inside, factor = snap(source, record.size, size)
+        image = render(record, part, inside, factor, size, self.cached_pixels(index))
         boxes, keep = place_boxes(boxes, source)
         keep &= self.keep_difficult | ~record.difficult
         boxes, labels = boxes[keep], record.labels[keep]
         if self.augment != "none" and rng.random() < 0.5:
             image, boxes = image.flip(-1), flip(boxes)
-            inside = [self.size - inside[2], inside[1], self.size - inside[0], inside[3]]
+            inside = [size - inside[2], inside[1], size - inside[0], inside[3]]
         return image, inside, colour, boxes, labels, index
 
     def cached_pixels(self, index: int) -> np.ndarray | None:
@@ -254,7 +257,7 @@ class Dataset(torch.utils.data.Dataset):
         (w, h), start = self.records[index].size, self.starts[index]
         return memory_map(self.cache)[start : start + w * h * 3].reshape(h, w, 3)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> "Batch | BadData":
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> "Batch | BadData":
         try:
             samples = [self[key] for key in keys]
         except BadData as error:
@@ -278,8 +281,8 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 
 def batches(
-    records: list[Record], size: int, *, batch_size: int, seed: int, augment: str = "ssd",
-    start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
+    records: list[Record], size: int | Callable[[int], int], *, batch_size: int, seed: int,
+    augment: str = "ssd", start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
     keep_difficult: bool = True, cache: str | Path | None = None, pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
     """The endless stream of training batches, from `start_step` on.
@@ -287,7 +290,7 @@ def batches(
     Sample p of the stream is image permutation(seed, epoch)[p % len(records)] of epoch
     p // len(records). Batch s of rank r takes the samples (s * world + r) * batch_size and on. So
     batches straddle epochs, none is ever partial, any step can be resumed, and neither the number
-    of workers nor that of ranks changes what is in the stream.
+    of workers nor that of ranks changes what is in the stream. `size` may depend on the step.
     """
     if not records:
         raise ValueError("no images to train on")
@@ -296,14 +299,15 @@ def batches(
             f"batch size {batch_size}, rank {rank} of {world}: expected >= 1, 0 <= r < w"
         )
     dataset = Dataset(
-        records, size, seed=seed, augment=augment, keep_difficult=keep_difficult, cache=cache
+        records, seed=seed, augment=augment, keep_difficult=keep_difficult, cache=cache
     )
 
     def order():
         for step in itertools.count(start_step):
             first = (step * world + rank) * batch_size
             epochs = [divmod(p, len(records)) for p in range(first, first + batch_size)]
-            yield [(e, int(permutation(seed, e, len(records))[i])) for e, i in epochs]
+            now = size(step) if callable(size) else size
+            yield [(e, int(permutation(seed, e, len(records))[i]), now) for e, i in epochs]
 
     return run_workers(dataset, order(), workers, pin=pin)
 
@@ -312,8 +316,8 @@ def ordered_batches(
     records: list[Record], size: int, *, batch_size: int, workers: int = 0
 ) -> Iterator[Batch]:
     """The records in order, whole and unchanged, for evaluation; the last batch may be short."""
-    dataset = Dataset(records, size, augment="none")
-    keys = [(0, index) for index in range(len(records))]
+    dataset = Dataset(records, augment="none")
+    keys = [(0, index, size) for index in range(len(records))]
     order = (keys[i : i + batch_size] for i in range(0, len(keys), batch_size))
     return run_workers(dataset, order, workers)
 

@@ -517,12 +517,23 @@ class ScratchDet(nn.Module):
         check_maps(config, sizes, needed, getattr(self.features, "maps_300", MAPS_300))
         # a buffer moves to the GPU with the network; not saved, because the config says it all
         self.register_buffer("priors_cxcywh", make_priors(config, sizes), persistent=False)
+        self.priors_of_size: dict[int, Tensor] = {}  # of other sizes, see priors_at
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """(H, W) of each map of such an image; on the meta device, so nothing is computed."""
         body = copy.deepcopy(self.features).to("meta").eval()
         maps = body(torch.empty(1, 3, height, width, device="meta"))
         return [tuple(m.shape[-2:]) for m in maps]
+
+    def priors_at(self, size: int) -> Tensor:
+        """The priors of size x size images in training: the same fraction of the image always."""
+        if size == self.config.size:
+            return self.priors_cxcywh
+        if size not in self.priors_of_size:
+            maps = self.map_sizes(size, size)
+            priors = make_priors(self.config, maps, (size, size), same_fraction=True)
+            self.priors_of_size[size] = priors.to(self.priors_cxcywh.device)
+        return self.priors_of_size[size]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(self.features(images))  # (N, P, 4), (N, P, C)

@@ -20,14 +20,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 # Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import numpy as np  # noqa: E402
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -36,9 +39,9 @@ import eval as evaluation
 import ops
 from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
 from plumbing import machine, plan, run_folder, sources
-from plumbing.checkpoint import read_checkpoint
+from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
-from plumbing.program import StopSignals, check_range, run_program
+from plumbing.program import StopSignals, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
 # The recipes. `drops`: where the learning rate falls to a tenth, as fractions of the run (sections
@@ -66,7 +69,7 @@ RECIPES = {
 # stronger augmentation (mAP after an hour .27, with crops .21). What did not help stands in
 # docs/results.md: drops instead of the line, averaged weights, half the batch, less warm-up.
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
-ON_CPU |= dict(save_every=500)
+ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))  # twice the images
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
 LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backward
 
@@ -103,6 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--drops", type=float, nargs="*",
         help="where the learning rate falls to a tenth, as fractions of the run")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
+    add("--sizes", type=plan.size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
+        help="grow: images of so many pixels until that share of the run's work is done")
     add("--seed", type=int, default=0, help="of the weights and of every sample")
 
     add = parser.add_argument_group("system").add_argument
@@ -156,7 +161,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     base, recipe = recipe_for(given)
     parser.set_defaults(**(base | recipe | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
-    check_args(args, given)
+    plan.check_flags(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
@@ -169,26 +174,26 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     return args
 
 
-def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """ValueError where a number is out of its range, or two flags contradict each other."""
-    check_range(args, "batch_size accumulate iterations save_every", 1)
-    check_range(args, "overfit lr seed workers eval_every", 0)
-    check_range(args, "warmup drops", 0, 1)
-    check_range(args, "minutes", 0.01)
-    if not args.out:
-        raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
-    if given.minutes and given.iterations:
-        raise ValueError("--minutes and --iterations both say how long to train: give one")
-    if given.drops and args.schedule == "linear":
-        raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
-    if args.sync_bn and not args.device.startswith("cuda"):
-        raise ValueError(
-            f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
-            "out (each rank then normalises by its own images), or use --device cuda"
-        )
-
-
 # ------------------------------------------------------------------------------ optimisation
+
+
+def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
+    """The image sizes of the run; until which share of its work, and of its steps, each is used.
+
+    Work is pixels: ((150, 0.5), (300, 1)) are four of five steps at 150 pixels.
+    """
+    sizes, work = zip(*(args.sizes or [(args.size, 1.0)]), strict=True)
+    steps = np.cumsum(np.diff(work, prepend=0) / np.square(sizes))
+    return sizes, work, steps / steps[-1]
+
+
+def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
+    """Before step 0, 1, ...: the share of the run's work that is done, and the next image size."""
+    sizes, work, steps = stages(args)
+    ends, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
+    i = min(bisect(ends, step), len(sizes)) - 1
+    of_stage = (step - ends[i]) / max(1.0, ends[i + 1] - ends[i])
+    return work[i] + (work[i + 1] - work[i]) * of_stage, sizes[i]
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -196,8 +201,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
     The paper drops it after 45, 75 and 95 % of the run (section 4.1) and has no warm-up.
     """
-    done = step / args.iterations
-    warm = min(1.0, (step + 1) / max(1.0, args.warmup * args.iterations))
+    done, after = progress(step, args)[0], progress(step + 1, args)[0]
+    warm = min(1.0, after / max(1e-9, args.warmup))
     if args.schedule == "linear":
         return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
     return args.lr * warm * 0.1 ** sum(done >= drop for drop in args.drops)
@@ -245,8 +250,9 @@ def forward_backward(
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
             loss_loc, loss_conf, positives = multibox_loss(
-                loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
-            )
+                loc, logits, model.priors_at(inputs.shape[-1]),
+                batch.boxes_xyxy, batch.labels, batch.offsets,
+            )  # fmt: skip
             # Each micro-batch is divided by its own positives, then by how many there are.
             ((loss_loc + loss_conf) / args.accumulate).backward()
         parts.append(torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach())
@@ -276,24 +282,6 @@ def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> T
 
 
 # ------------------------------------------------------------------------------ the run
-
-
-def micro_batch(args: argparse.Namespace, world: int) -> int:
-    """Images of one forward pass on one rank; ValueError where they do not divide, or BN fails."""
-    parts = world * args.accumulate
-    micro, rest = divmod(args.batch_size, parts)
-    if rest or micro < 1:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
-            f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
-        )
-    if micro * (world if args.sync_bn else 1) == 1 and args.bn != "none":
-        raise ValueError(
-            f"--batch-size {args.batch_size} leaves a (micro-)batch of 1 image: BatchNorm has no "
-            "statistics on the 1x1 map. Use a larger --batch-size, a smaller --accumulate, or "
-            "--bn none"
-        )
-    return micro
 
 
 def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple, str]:
@@ -327,16 +315,8 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
         )
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    elif args.init:  # whatever fits; the scores of other classes do not
-        own, saved = model.state_dict(), start.get("ema") or start["model"]
-        fits = {key: value for key, value in saved.items()
-                if key in own and value.shape == own[key].shape
-                and (detects == classes or not key.startswith("head.conf"))}  # fmt: skip
-        if not fits:
-            raise ValueError(f"--init {args.init}: none of its weights fits a {args.backbone}")
-        model.load_state_dict(own | fits)
-        why = "" if detects == classes else f"; it detects {', '.join(detects)}"
-        say(f"--init {args.init}: {len(fits)} of {len(own)} tensors, the others random{why}")
+    elif args.init:
+        say(take_weights(model, start, args.init))
     return model
 
 
@@ -345,8 +325,11 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
-        return in_threads(model, micro_batch(args, world))
-    network = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        return in_threads(model, plan.micro_batch(args, world))
+    network = model
+    if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient
+        unused = bool(args.sizes)
+        network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     return torch.compile(network) if args.compile else network
 
 
@@ -361,22 +344,30 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
     return results | {"cpu_minutes": round(seconds.item() / 60, 2)}
 
 
-def time_a_step(network, model, optimizer, batches: Iterator, args) -> float:
-    """Seconds that a step of such batches takes; the model and the optimizer stay as they were."""
+def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
+    """Mean seconds of a step over the sizes of the run; model and optimizer stay as they were.
 
-    def one_step() -> Tensor:
-        logged, _ = forward_backward(network, model, batches, args)
-        update(optimizer, 0, logged, args)
-        return logged["loc"]
+    `stream(size)` gives batches of that size.
+    """
+    sizes, _, ends = stages(args)
+    at_least, total = 3 * (args.minutes or 0) / len(sizes), 0.0
+    for size, share in zip(sizes, np.diff(ends, prepend=0), strict=True):
+        batches = stream(size)
 
-    return plan.seconds_per_step(one_step, (model, optimizer), at_least=3 * (args.minutes or 0))
+        def one_step(batches=batches) -> Tensor:
+            logged, _ = forward_backward(network, model, batches, args)
+            update(optimizer, 0, logged, args)
+            return logged["loc"]
+
+        total += share * plan.seconds_per_step(one_step, (model, optimizer), at_least)
+    return total
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
     rank, world, device = machine.start_ranks(args)
-    micro, lead, out = micro_batch(args, world), rank == 0, Path(args.out)
+    micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
@@ -387,6 +378,8 @@ def main(argv: list[str] | None = None) -> dict:
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
     optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
+    for parameter in model.parameters():  # at small sizes not all have a gradient to begin with
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     costs = plan.check(model, micro, args)  # what does not fit ends the program here
@@ -397,9 +390,10 @@ def main(argv: list[str] | None = None) -> dict:
         say(run_folder.start_folder(out, left_out), end="")
     say(f"{ops.describe()}\n{summary(model)}\n{plan.about_data(train, test, classes)}")
 
-    def stream(step: int, images: int) -> Iterator[data.Batch]:
+    def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:
         return data.batches(
-            train, model.config.size, batch_size=images, seed=args.seed, augment=args.augment,
+            train, lambda i: size or progress(i // args.accumulate, args)[1],
+            batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.data != "coco",  # there it marks crowds (Caffe's ssd_coco.py)
             cache=args.cache, pin=device.type == "cuda",
@@ -409,7 +403,8 @@ def main(argv: list[str] | None = None) -> dict:
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.
         probe = min(micro, 8) if device.type == "cpu" else micro
-        seconds = time_a_step(network, model, optimizer, stream(0, probe), args) * micro / probe
+        trial = partial(stream, 0, probe)
+        seconds = time_a_step(network, model, optimizer, trial, args) * micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
@@ -425,7 +420,8 @@ def main(argv: list[str] | None = None) -> dict:
             finite = update(optimizer, step, logged, args)
             for buffer, before in zip(model.buffers(), statistics, strict=False):
                 buffer.copy_(buffer.where(finite, before))
-            log.write(step, logged, learning_rate(step, args), [train[i].name for i in rows])
+            lr, done = learning_rate(step, args), progress(step + 1, args)[0]
+            log.write(step, logged, lr, done, [train[i].name for i in rows])
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
             if saves or (stop.number and world == 1):  # several ranks stop at a common step

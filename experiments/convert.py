@@ -1,8 +1,9 @@
-"""Write a start checkpoint for `train.py --init` from weights that exist.
+"""Write a start checkpoint for `train.py --init` from weights that exist; or convert a data set.
 
     python -m experiments.convert vgg16 vgg16_bn.pth --out start.pt          ImageNet (Table 1)
     python -m experiments.convert detector runs/coco/last.pt --out start.pt  COCO -> VOC (Table 5)
     python train.py --voc-root DIR --init start.pt
+    python -m experiments.convert --to yolo --out DIR --voc-root DIR   see convert_data.py
 
 The first file is a state dict of torchvision (vgg16 or vgg16_bn), the second a checkpoint of
 train.py. What a start checkpoint does not hold (the head and the extra layers of a network from
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments import baselines  # noqa: F401  a detector may have any network
+from experiments import baselines, convert_data  # noqa: F401  a detector may have any network
 from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
 
@@ -147,6 +148,10 @@ def class_rows(classes: tuple[str, ...], source: tuple[str, ...], path: str | Pa
 
 
 def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--to" for word in words):
+        convert_data.main(words)
+        return
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

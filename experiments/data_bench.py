@@ -128,12 +128,12 @@ def main(count: int = 48, rounds: int = 7) -> int:
     config = SimpleNamespace(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0), channels="rgb")
     with tempfile.TemporaryDirectory() as folder:
         records = make_records(Path(folder), count)
-        plain = data.Dataset(records, SIZE)
-        cached = data.Dataset(records, SIZE, cache=Path(folder) / "cache")
+        plain = data.Dataset(records)
+        cached = data.Dataset(records, cache=Path(folder) / "cache")
 
         def ours(dataset, colour):
             def run(epoch, turn):
-                batch = dataset.__getitems__([(epoch, i) for i in turn])
+                batch = dataset.__getitems__([(epoch, i, SIZE) for i in turn])
                 return data.prepare(batch, config) if colour else batch
 
             return run

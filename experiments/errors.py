@@ -99,12 +99,7 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     g = usable[g]
     same = guesses.label[d] == objects.label[g]
 
-    enough = np.flatnonzero(same & (iou >= ENOUGH))
-    group = class_and_image(guesses, objects)[0]
-    turn = enough[np.lexsort((g[enough], -iou[enough], d[enough], group[d[enough]]))]
-    once = np.zeros(g_all, bool)
-    together, _ = take_turns(group, d[turn], g[turn], np.ones(len(turn), int), once)
-    pairs = turn[together > 0]
+    pairs = greedy(guesses, objects, d, g, iou, np.flatnonzero(same & (iou >= ENOUGH)))
     found = np.full(g_all, -1)
     found[g[pairs]] = d[pairs]
 
@@ -132,13 +127,6 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     right = d[pairs]
     kind[right], target[right], value[right] = RIGHT, g[pairs], iou[pairs]
 
-    hidden = np.flatnonzero(objects.difficult)
-    crowds = Objects(*(column[hidden] for column in objects))
-    inside, _, share = overlaps(guesses, crowds, ENOUGH, crowd=np.ones(len(hidden), bool))
-    ignored = np.zeros(d_all, bool)
-    ignored[inside[share > ENOUGH]] = True
-    ignored &= kind != RIGHT
-
     # of all that point at an object which is not found, the best score would find it if mended
     points = np.flatnonzero((kind == BOX) | (kind == CLASS))
     points = points[found[target[points]] < 0]
@@ -148,9 +136,29 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     mended[order[first]] = True
     missed = ~objects.difficult & (found < 0)
     missed[reached] = False
+    ignored = covered(guesses, objects) & (kind != RIGHT)
     return Verdicts(
         objects, guesses, kind, target, value, ignored, mended, found, missed, num_classes
     )
+
+
+def covered(guesses: Guesses, objects: Objects) -> Array:
+    """(D,) bool: more than half of the box lies in a difficult object (a crowd) of its class."""
+    hidden = np.flatnonzero(objects.difficult)
+    crowds = Objects(*(column[hidden] for column in objects))
+    d, _, share = overlaps(guesses, crowds, ENOUGH, crowd=np.ones(len(hidden), bool))
+    inside = np.zeros(len(guesses.label), bool)
+    inside[d[share > ENOUGH]] = True
+    return inside
+
+
+def greedy(guesses: Guesses, objects: Objects, d: Array, g: Array, iou: Array, some: Array):
+    """The pairs among `some` that come together: best score first, then the largest IoU."""
+    group = class_and_image(guesses, objects)[0]
+    turn = some[np.lexsort((g[some], -iou[some], d[some], group[d[some]]))]
+    exclusive = np.zeros(len(objects.label), bool)
+    together, _ = take_turns(group, d[turn], g[turn], np.ones(len(turn), int), exclusive)
+    return turn[together > 0]
 
 
 def best_of_each_image(guesses: Guesses, objects: Objects) -> Guesses:
@@ -299,12 +307,13 @@ def almost(v: Verdicts) -> tuple[Array, Array]:
 
 
 def crop(
-    record: Record, detections: Sequence[Array], truth: Sequence[Array], side: int = 200
-) -> str:
-    """The part of a picture around some boxes, as a JPEG in base64: detections orange, ground truth
-    green, and thin what else is annotated there."""
+    record: Record, detections: Sequence[Array], truth: Sequence[Array], *,
+    around: Sequence[Array] | None = None, side: int = 200,
+) -> str:  # fmt: skip
+    """The part of a picture around some boxes (default: all), as a JPEG in base64: detections
+    orange, ground truth green, and thin what else is annotated there."""
     image = decode_pixels(open_record(record), record)
-    boxes = np.array([*detections, *truth], float).reshape(-1, 4)
+    boxes = np.array(around or [*detections, *truth], float).reshape(-1, 4)
     low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     middle, half = (low + high) / 2, max(32.0, 0.9 * (high - low).max())
     x0, y0 = np.floor(np.maximum(middle - half, 0))
@@ -470,11 +479,61 @@ def suspects(v: Verdicts) -> list[tuple[float, str, int, int]]:
     return sorted(rows, key=lambda row: -row[0])
 
 
+def plant(
+    records: list[Record], many: int, num_classes: int, seed: int = 0
+) -> tuple[list[Record], dict[int, Array]]:
+    """Spoil one label in each of `many` images, in turn: forget it, name it wrongly, move it by
+    half its size, or invent one. -> records, {number of the image: where (4,)}."""
+    rng, spoilt, places = np.random.default_rng(seed), list(records), {}
+    busy = [i for i, record in enumerate(records) if len(record.labels)]
+    for n, i in enumerate(rng.permutation(busy)[:many].tolist()):
+        record = records[i]
+        g = int(rng.integers(len(record.labels)))
+        boxes, labels = record.boxes_xyxy.copy(), record.labels.copy()
+        rows, place = np.arange(len(labels)), boxes[g]
+        if n % 4 == 0:
+            rows = np.delete(rows, g)
+        elif n % 4 == 1:
+            labels[g] = 1 + (labels[g] - 1 + rng.integers(1, max(2, num_classes))) % num_classes
+        elif n % 4 == 2:
+            boxes[g] += np.tile((boxes[g, 2:] - boxes[g, :2]) / 2, 2)
+        else:
+            rows = np.append(rows, g)
+            corner = rng.random(2) * (np.array(record.size) - 40)
+            place = np.array([*corner, *(corner + 40)])
+        boxes, labels = boxes[rows], labels[rows]
+        if n % 4 == 3:
+            boxes[-1] = place
+        difficult, area = record.difficult[rows], record.area[rows]
+        spoilt[i] = record._replace(boxes_xyxy=boxes, labels=labels, difficult=difficult, area=area)
+        places[i] = place
+    return spoilt, places
+
+
+def were_planted(v: Verdicts, chosen: list[tuple[int, int]], places: dict[int, Array]) -> int:
+    """How many of the suspects (detection, object) lie where a label was spoilt; each counts
+    once."""
+    hit = set()
+    for d, g in chosen:
+        boxes = ([v.guesses.boxes_xyxy[d]] if d >= 0 else []) + (
+            [v.objects.boxes_xyxy[g]] if g >= 0 else []
+        )
+        image = place_of(v, d, g)[0]
+        if image in places and any(iou(box, places[image]) > SOME for box in boxes):
+            hit.add(image)
+    return len(hit)
+
+
+def first_suspects(v: Verdicts, many: int) -> list[tuple[float, str, int, int]]:
+    """The first of `suspects`, no two of the same place."""
+    ranked = suspects(v)
+    return [ranked[i] for i in spread(v, ((d, g) for _, _, d, g in ranked), many)]
+
+
 def write_suspects(path: Path, v: Verdicts, records, classes, many: int) -> list[dict]:
     """A page of crops, the most suspect first, and its rows as a list."""
-    ranked, rows = suspects(v), []
-    chosen = spread(v, ((d, g) for _, _, d, g in ranked), many)
-    for n, (value, why, d, g) in enumerate((ranked[i] for i in chosen), start=1):
+    rows = []
+    for n, (value, why, d, g) in enumerate(first_suspects(v, many), start=1):
         row = picture(v, records, classes, d, g, f"{n}. {why} {value:.2f}")
         rows.append(row | {"why": why, "suspicion": round(float(value), 4)})
     intro = (
@@ -521,11 +580,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("run", metavar="RUN", help="a folder of train.py, or a checkpoint")
     parser.add_argument("--suspects", type=int, default=0, metavar="N",
         help="also the N labels that are most likely wrong, as a page")  # fmt: skip
+    parser.add_argument("--plant", type=int, default=0, metavar="N",
+        help="spoil N labels first, to see how many of them the suspects contain")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="of the files (default: the run's folder)")
     evaluation.add_shared_flags(parser)
     args = parser.parse_args(argv)
     evaluation.check_shared(args)
-    check_range(args, "suspects", 0)
+    check_range(args, "suspects plant", 0)
     folder = Path(args.out) if args.out else checkpoint_of(args.run).parent
     records, found, classes, results, _ = detect_in(args.run, args)
     if not any(len(record.labels) for record in records):
@@ -538,11 +599,18 @@ def main(argv: list[str] | None = None) -> dict:
         report.write([folder], folder / "report.html")
         print(f"{folder}/report.html shows them")
     if args.suspects:
+        if args.plant:
+            records, places = plant(records, args.plant, len(classes))
         v = judge(records, found, len(classes))
-        rows = write_suspects(folder / "suspects.html", v, records, classes, args.suspects)
-        for row in rows:
+        path = folder / "suspects.html"
+        for row in write_suspects(path, v, records, classes, args.suspects):
             print(f"{row['words']:28} {row['image']:12} {row['said']:>20} / {row['there'] or '-'}")
-        print(f"{folder}/suspects.html, with pictures")
+        print(f"{path}, with pictures")
+        if args.plant:
+            chosen = [row[2:] for row in first_suspects(v, args.suspects)]
+            seen = were_planted(v, chosen, places)
+            print(f"{seen} of the {len(places)} labels spoilt on purpose are among the first "
+                  f"{len(chosen)}")  # fmt: skip
     return errors
 
 

@@ -1,9 +1,9 @@
-"""Time both metrics, and COCO's beside pycocotools if it is installed, in one run.
+"""Time the metrics and the kinds of error, beside pycocotools and tidecv where they are installed.
 
     python -m experiments.eval_bench [--images 5000] [--classes 80] [--guesses 200]
 
-Images, objects and detections are random; half of the detections lie near an object. CPU seconds;
-reading JSON files is in neither side, building its index (loadRes) is in pycocotools'.
+Images, objects and detections are random; half of the detections lie near an object. CPU seconds
+of one core; from arrays (ours), from Python lists (theirs: no files are read on either side).
 
 The random cases and the peers are those that the tests compare with, too.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import errors
 from metrics import COCO_NAMES, Detections, coco_ap, voc_ap
 from plumbing.files import Record
 from plumbing.machine import hardware
@@ -107,6 +108,32 @@ def by_pycocotools(records, detections, num_classes):
     return [float(x) for x in peer.stats], time.process_time() - start
 
 
+KINDS_OF_TIDECV = {"Cls": "classification", "Loc": "localisation", "Both": "both",
+                   "Dupe": "duplicate", "Bkg": "background", "Miss": "missed"}  # fmt: skip
+
+
+def by_tidecv(records, detections):
+    """AP50 and the cost of each kind of error, how many there are, and the CPU seconds."""
+    from tidecv import TIDE, Data
+
+    truth, ours = Data("truth"), Data("ours", max_dets=100)
+    for i, (r, f) in enumerate(zip(records, detections, strict=True)):
+        truth.add_image(i, r.name)
+        rows = zip(r.boxes_xyxy.tolist(), r.labels.tolist(), r.difficult, strict=True)
+        for (x0, y0, x1, y1), label, difficult in rows:
+            add = truth.add_ignore_region if difficult else truth.add_ground_truth
+            add(i, label, [x0, y0, x1 - x0, y1 - y0])
+        for (x0, y0, x1, y1), score, label in zip(*(x.tolist() for x in f), strict=True):
+            ours.add_detection(i, label, score, [x0, y0, x1 - x0, y1 - y0])
+    start = time.process_time()
+    run = TIDE().evaluate(truth, ours, mode=TIDE.BOX)
+    costs, counts = run.fix_main_errors(), run.count_errors()
+    seconds = time.process_time() - start
+    named = [{KINDS_OF_TIDECV[kind.short_name]: value for kind, value in some.items()}
+             for some in (costs, counts)]  # fmt: skip
+    return {"AP50": run.ap} | named[0], named[1], seconds
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -131,12 +158,23 @@ def main():
     print(f"coco_ap      {seconds:8.2f} s")
     try:
         stats, theirs = by_pycocotools(records, detections, args.classes)
+        print(f"pycocotools  {theirs:8.2f} s = {theirs / seconds:.1f} times coco_ap's")
+        off = max(abs(ours[name] - value) for name, value in zip(COCO_NAMES, stats, strict=True))
+        print(f"largest difference of the 12 numbers {off:.1e}")
     except ImportError:
         print("pycocotools is not installed: nothing to compare with")
-        return
-    off = max(abs(ours[name] - value) for name, value in zip(COCO_NAMES, stats, strict=True))
-    print(f"pycocotools  {theirs:8.2f} s = {theirs / seconds:.1f} times coco_ap's")
-    print(f"largest difference of the 12 numbers {off:.1e}")
+    verdicts, seconds = timed(errors.judge)
+    start = time.process_time()
+    ours = errors.costs(verdicts)
+    seconds += time.process_time() - start
+    print(f"errors       {seconds:8.2f} s, of the {len(verdicts.kind):,} best 100 per image")
+    try:
+        costs, _, theirs = by_tidecv(records, detections)
+        print(f"tidecv       {theirs:8.2f} s = {theirs / seconds:.1f} times errors'")
+        off = max(abs(ours[name] - value) for name, value in costs.items())
+        print(f"largest difference of AP50 and the six costs {off:.1e}")
+    except ImportError:
+        print("tidecv is not installed: nothing to compare with")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def log_ticks(low, high):
     first = max((i for i, t in enumerate(all_of_them) if t <= low), default=0)
     last = next((i for i, t in enumerate(all_of_them) if t >= high), len(all_of_them) - 1)
     marks = all_of_them[first : last + 1]
-    return marks if len(marks) <= 7 else [10.0**p for p in powers]
+    marks = marks if len(marks) <= 7 else [10.0**p for p in powers]
+    return marks if len(marks) > 1 else [marks[0], 10 * marks[0]]
 
 
 def top_of(lines):
@@ -141,7 +142,7 @@ def curves(panels, width=330, height=250, **axes):
 def dots(rows, title, unit="mAP in %"):
     """[(name, [a number a seed], remark)] -> SVG, a row each: a dot a seed, a bar to the mean."""
     left, width, step = 330, 420, 22
-    marks = ticks(max((n for _, numbers, _ in rows for n in numbers), default=1.0) or 1.0)
+    marks = ticks(1.05 * max((n for _, numbers, _ in rows for n in numbers), default=1.0) or 1.0)
     x_max = marks[-1]
     parts = [text(10, 18, f"{title}; {unit}", weight="bold")]
     bottom = 34 + step * len(rows)

@@ -191,7 +191,8 @@ function nms(boxes, scores, groups, iouThreshold = 0.45) {
   rest.sort((i, j) => scores[j] - scores[i] || i - j);
   while (rest.length) {
     const best = rest[0];
-    const goes = (i) => groups[i] === groups[best] && iou(boxes[best], boxes[i]) > f32(iouThreshold);
+    const goes = (i) =>
+      groups[i] === groups[best] && iou(boxes[best], boxes[i]) > f32(iouThreshold);
     suppressor[best] = best;
     for (const i of rest.slice(1)) if (goes(i)) suppressor[i] = best;
     rest = rest.slice(1).filter((i) => suppressor[i] < 0);
@@ -208,13 +209,15 @@ function candidates(loc, probabilities, priors, label, scoreThreshold, topK = 40
   }
   found.sort((a, b) => b.score - a.score || a.prior - b.prior);
   const best = found.slice(0, topK);
-  for (const c of best) c.xyxy = decode(loc.subarray(4 * c.prior, 4 * c.prior + 4), priors[c.prior]);
+  for (const c of best)
+    c.xyxy = decode(loc.subarray(4 * c.prior, 4 * c.prior + 4), priors[c.prior]);
   return best;
 }
 
 /** All of it: candidates and NMS for each class, then the best detections of all classes. */
-function postprocess(loc, probabilities, priors, { scoreThreshold = 0.01, topK = 400,
-                                                   iouThreshold = 0.45, maxDetections = 200 } = {}) {
+function postprocess(loc, probabilities, priors,
+                     { scoreThreshold = 0.01, topK = 400, iouThreshold = 0.45,
+                       maxDetections = 200 } = {}) {
   const numClasses = probabilities.length / priors.length, found = [];
   for (let label = 1; label < numClasses; label++) {
     const some = candidates(loc, probabilities, priors, label, scoreThreshold, topK);

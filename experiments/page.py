@@ -174,8 +174,8 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
 
 def picture(image: Image.Image, name: str, boxes=(), labels=()) -> dict:
     """A picture for the page: a JPEG inside it, and its ground truth in its pixels."""
-    width, height = image.size
     image = ImageOps.exif_transpose(image).convert("RGB")
+    width, height = image.size
     image.thumbnail((LONGEST, LONGEST))
     scale = np.array([image.width / width, image.height / height] * 2)
     buffer = io.BytesIO()
@@ -234,16 +234,16 @@ def make_page(about: dict, weights: bytes) -> str:
 def write_page(checkpoint: str | Path, out: str | Path, images: list | None = None) -> None:
     """The page of a checkpoint (or of a page): `images` are paths, drawn pictures if none."""
     model, training = load_network(checkpoint)
+    network, half = describe(model)
     if images:
         pictures = read_pictures(images)
     elif Path(checkpoint).suffix == ".html":
         pictures = read_page(checkpoint)[1]["pictures"]
     else:
         pictures = drawn_pictures()
-    if model.config.classes != SHAPE_CLASSES and not images:
-        for one in pictures:  # the network's classes are others: there is nothing to find
-            one["boxes"], one["labels"] = [], []
-    network, half = describe(model)
+        if model.config.classes != SHAPE_CLASSES:
+            for one in pictures:  # nothing in them is of the network's classes
+                one["boxes"], one["labels"] = [], []
     start = START if len(pictures) == DRAWN else 0
     about = {"network": network, "training": training, "pictures": pictures, "start": start}
     html = make_page(about, half.tobytes())

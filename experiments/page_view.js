@@ -9,9 +9,10 @@ const about = JSON.parse($("data").textContent);
 const { config } = about.network, SIZE = config.size;
 const NAMES = ["background", ...config.classes];
 const NUMBER = new Intl.NumberFormat("en");
-const dec = (x, digits = 2) => x.toFixed(digits).replace(/^(-?)0\./, "$1."); // .84, as in the README
+const dec = (x, digits = 2) => x.toFixed(digits).replace(/^(-?)0\./, "$1."); // .84
 const plural = (n, one, many = `${one}s`) => `${NUMBER.format(n)} ${n === 1 ? one : many}`;
 const px = (unit) => Math.round(unit * SIZE); // of the network's image
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const pictures = []; // {name, image, width, height, truth, scene, result}
 let picture = null; // the current one
@@ -57,7 +58,8 @@ function paint(canvas, of, { shade = false } = {}) {
     [left + x0 * w, top + y0 * h, (x1 - x0) * w, (y1 - y0) * h];
   return {
     context, side,
-    box(xyxy, name, { width = 2, dash = [], fill = 0, alpha = 1, halo = width >= 2, text = "" } = {}) {
+    box(xyxy, name, { width = 2, dash = [], fill = 0, alpha = 1, halo = width >= 2,
+                      text = "" } = {}) {
       const r = rectangle(xyxy), ink = colour(name);
       context.globalAlpha = alpha * fill;
       context.fillStyle = ink;
@@ -106,6 +108,18 @@ function label(context, text, x, y, ink, side) {
   context.fillRect(left, top, width, 19);
   context.fillStyle = "#000";
   context.fillText(text, left + 5, top + 14);
+}
+
+/** One bar a value, side by side. */
+function bars(canvas, aspect, values, colourOf) {
+  const { context, width, height } = sheet(canvas, aspect), w = width / values.length;
+  const most = values.reduce((a, b) => Math.max(a, b), 1e-3);
+  values.forEach((value, i) => {
+    const tall = Math.max(1, ((height - 8) * value) / most);
+    context.fillStyle = colour(colourOf(i));
+    context.fillRect(i * w, height - tall, Math.max(0.6, w > 4 ? w - 2 : w - 0.4), tall);
+  });
+  return { context, height, w };
 }
 
 /** Where a pointer is, in units of the image. */
@@ -162,7 +176,7 @@ function startWorker() {
     if (data.ways) return start(data.ways);
     const job = running;
     if (data.step !== undefined) {
-      if (job.watched) step(data);
+      if (job.watched && job.watched === picture) step(data);
       return;
     }
     running = null;
@@ -173,8 +187,11 @@ function startWorker() {
   worker.onerror = (event) => say("picture", `The network could not start: ${event.message}`);
 }
 
-/** Runs the network on RGBA pixels, in turn: {loc, logits, mapSizes, way, ms}. */
-function runPixels(rgba, width, height, watched = false) {
+/**
+ * Runs the network on RGBA pixels, in turn: {loc, logits, mapSizes, way, ms}. `watched` is the
+ * picture of which the page shows every layer: it comes first.
+ */
+function runPixels(rgba, width, height, watched = null) {
   return new Promise((done, fail) => {
     jobs[watched ? "unshift" : "push"]({ rgba, width, height, watched, done, fail });
     pump();
@@ -185,7 +202,7 @@ function pump() {
   if (running || !jobs.length || !isReady) return;
   running = jobs.shift();
   const { rgba, width, height, watched } = running;
-  worker.postMessage({ id: 1, rgba, width, height, glances: watched, way: state.way });
+  worker.postMessage({ id: 1, rgba, width, height, glances: watched !== null, way: state.way });
 }
 
 /** Runs the network on a picture, once, and keeps what it says. */
@@ -196,7 +213,7 @@ async function see(of, watched = false) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(of.image, 0, 0, of.width, of.height);
   const { data } = context.getImageData(0, 0, of.width, of.height);
-  const result = await runPixels(data, of.width, of.height, watched);
+  const result = await runPixels(data, of.width, of.height, watched ? of : null);
   if (!priors.length) learnPriors(result.mapSizes);
   result.probabilities = softmax(result.logits, NAMES.length);
   result.detections = postprocess(result.loc, result.probabilities, priors);
@@ -288,6 +305,7 @@ async function choose(one) {
   $("strip").scrollTo({ left: one.button.offsetLeft - $("strip").offsetLeft - 100 });
   for (const place of document.querySelectorAll(".has-truth")) place.hidden = !one.truth;
   $("progress").hidden = false;
+  $("say-picture").setAttribute("aria-busy", true); // a screen reader need not hear every layer
   $("progress").value = 0;
   all();
   let result;
@@ -298,6 +316,7 @@ async function choose(one) {
   }
   if (picture !== one) return;
   $("progress").hidden = true;
+  $("say-picture").setAttribute("aria-busy", false);
   const seen = result.detections.filter(({ score }) => score >= state.shown);
   const count = NAMES.map((_, label) => seen.filter((d) => d.label === label).length);
   const first = seen.find(({ label }) => label === argmax(count)) ?? result.detections[0];
@@ -358,15 +377,14 @@ draw.picture = () => {
 };
 
 draw.layers = () => {
-  const { steps } = about.network, index = Number($("layer").value), about_ = steps[index];
-  const layer = state.layers[index], { context, width } = sheet($("c-layers"));
+  const { steps } = about.network, index = Number($("layer").value), layer = state.layers[index];
+  const { name, op, from, add, kernel, stride, in: channelsIn } = steps[index];
   $("o-layer").textContent = `${index + 1} of ${steps.length}`;
-  const name = about_.name;
+  const { context, width } = sheet($("c-layers"));
   if (!layer) return say("layers", "The network has not come this far yet.");
   const { channels, height, width: columns } = layer.size, shown = Math.min(16, channels);
-  const grey = document.createElement("canvas");
+  const grey = document.createElement("canvas"), pixels = new ImageData(256, 256);
   grey.width = grey.height = 256;
-  const pixels = new ImageData(256, 256);
   layer.bytes.forEach((v, i) => pixels.data.set([v, v, v, 255], 4 * i));
   grey.getContext("2d").putImageData(pixels, 0, 0);
   context.imageSmoothingEnabled = columns >= 64;
@@ -375,31 +393,21 @@ draw.layers = () => {
     context.drawImage(grey, (c & 3) * 64, (c >> 2) * 64, 64, 64,
                       (c & 3) * (tile + gap), (c >> 2) * (tile + gap), tile, tile);
   $("c-layers").setAttribute("aria-label", `The first channels of ${name} as grey pictures`);
-  $("caption-layers").textContent =
-    `${name}: ${shown} of its ${channels} channels, each ${height} × ${columns} cells. ` +
-    "White: the filter answers.";
-  const what = about_.op === "pool" ? `the largest of each ${about_.kernel} × ${about_.kernel} window`
-    : `${about_.kernel} × ${about_.kernel} convolution of ${about_.in} channels`;
-  const plus = about_.add === null ? ""
-    : `, plus ${about_.add < 0 ? "the image" : steps[about_.add].name} (a residual block)`;
-  const stride = about_.stride > 1 ? `, ${about_.stride} cells a stride` : "";
-  const macs = about_.op === "conv" ? about_.in * about_.kernel ** 2 * channels * height * columns : 0;
-  say("layers", `${name} is a ${what}${stride}${plus}. ${(macs / 1e6).toFixed(1)} million ` +
-    `multiplications, ${layer.ms.toFixed(1)} ms here. Above: the time of every layer.`);
-  drawTimes(index);
+  $("caption-layers").textContent = `${name}: ${shown} of its ${channels} channels, each ` +
+    `${height} × ${columns} cells. White: the filter answers.`;
+  const macs = op === "conv" ? channelsIn * kernel ** 2 * channels * height * columns : 0;
+  const what = op === "conv" ? `${kernel} × ${kernel} convolution over ${channelsIn} channels`
+    : `pooling: the largest of each ${kernel} × ${kernel} window`;
+  say("layers", `${name} reads ${from < 0 ? "the picture" : steps[from].name}. It is a ${what}` +
+    (stride > 1 ? `, which moves ${stride} cells a step` : "") +
+    (add === null ? "" : `, and adds ${steps[add].name} (a residual block)`) +
+    `. ${(macs / 1e6).toFixed(1)} million multiplications, ${layer.ms.toFixed(1)} ms here. ` +
+    "The bars: the time of every layer.");
+  const times = steps.map((_, i) => state.layers[i]?.ms ?? 0);
+  bars($("c-times"), 0.17, times, (i) => (i === index ? "positive" : "prior"));
+  $("c-times").setAttribute("aria-label", "Time of every layer, " +
+    `${times.reduce((a, b) => a + b, 0).toFixed(0)} ms together`);
 };
-
-function drawTimes(index) {
-  const { context, width, height } = sheet($("c-times"), 0.17), { steps } = about.network;
-  const most = Math.max(...state.layers.map((l) => l?.ms ?? 0), 1e-3), w = width / steps.length;
-  steps.forEach((_, i) => {
-    const tall = Math.max(1.5, ((height - 8) * (state.layers[i]?.ms ?? 0)) / most);
-    context.fillStyle = colour(i === index ? "positive" : "prior");
-    context.fillRect(i * w + 1, height - tall, Math.max(1, w - 2), tall);
-  });
-  const sum = state.layers.reduce((total, l) => total + (l?.ms ?? 0), 0);
-  $("c-times").setAttribute("aria-label", `Time of every layer, ${sum.toFixed(0)} ms together`);
-}
 
 /** The priors of a cell: their numbers. */
 function priorsOf(m, [row, column]) {
@@ -467,8 +475,8 @@ draw.scores = () => {
     canvas.setAttribute("aria-label", `Scores on the map of ${h} × ${w}, at best ${dec(most)}`);
   });
   const { h, w, score } = strongest;
-  say("scores", result ? `The best ${NAMES[state.label]} scores ${dec(score)}, on the map of ` +
-    `${h} × ${w} cells. Choose a class that is not in the picture: all stays dark, or nearly.` : "");
+  if (result) say("scores", `The best ${NAMES[state.label]} scores ${dec(score)}, on the map of ` +
+    `${h} × ${w} cells. Choose a class that is not in the picture: nothing lights up, or little.`);
 };
 
 function chosen() {
@@ -483,7 +491,8 @@ draw.candidates = () => {
     const t = state.morph, from = priorsXyxy[prior];
     const box = xyxy.map((v, i) => (1 - t) * from[i] + t * v);
     if (t < 1) pen.box(box, "prior", { width: 1.5, alpha: (1 - t) * 0.9, halo: false });
-    if (t > 0) pen.box(box, "positive", { width: 1.5, alpha: t * (0.15 + 0.85 * score), halo: false });
+    if (t > 0)
+      pen.box(box, "positive", { width: 1.5, alpha: t * (0.15 + 0.85 * score), halo: false });
   }
   const text = `${NUMBER.format(found.length)} of ${NUMBER.format(priors.length)} priors score ` +
     `above ${dec(state.threshold)} for ${NAMES[state.label]}` +
@@ -519,13 +528,14 @@ draw.nms = () => {
   $("nms-back").disabled = step === 0;
   $("nms-on").disabled = step === kept.length;
   const name = NAMES[state.label];
-  let text = `${plural(found.length, "candidate")} for ${name}, sorted by score. Press “Next step”.`;
+  let text = `${plural(found.length, "candidate")} for ${name}, the best first. Press “Next step”.`;
   if (!found.length) text = `No candidate for ${name}: lower the threshold of step 5.`;
   if (step) {
     const overlaps = gone.map(({ xyxy }) => iou(xyxy, found[best].xyxy)).sort((a, b) => b - a);
+    const list = overlaps.slice(0, 3).map((v) => dec(v)).join(", ");
     text = `The best that is left scores ${dec(found[best].score)}: it stays. ` + (gone.length
-      ? `It suppresses ${plural(gone.length, "box", "boxes")}, with an IoU of ` +
-        `${overlaps.slice(0, 3).map((v) => dec(v)).join(", ")}${overlaps.length > 3 ? " and less" : ""}.`
+      ? `It suppresses ${plural(gone.length, "box", "boxes")}, with an IoU of ${list}` +
+        `${overlaps.length > 3 ? " and less" : ""}.`
       : "No other box overlaps it too much.");
     if (step === kept.length)
       text += ` Done: of ${plural(found.length, "candidate")} ${kept.length} stay.`;
@@ -544,42 +554,46 @@ draw.detections = () => {
 
 draw.matching = () => {
   const { scene } = picture, pen = paint($("c-matching"), picture, { shade: true });
-  const canvasLabel = $("c-matching");
   if (!priors.length) return;
   const boxes = scene.boxes.map((box) => box.map(f32));
   const matched = match(priorsXyxy, boxes, state.matchIou, state.how);
   const alone = match(priorsXyxy, boxes, state.matchIou, "threshold alone");
-  const count = boxes.map(() => 0), best = boxes.map(() => 0), given = [];
+  const count = boxes.map(() => 0), given = [];
   matched.forEach((g, p) => {
-    if (g >= 0) count[g] += 1;
-    if (g >= 0 && alone[p] !== g) given.push(p);
-    else if (g >= 0) pen.box(priorsXyxy[p], "positive", g === state.selected
+    if (g < 0) return;
+    count[g] += 1;
+    if (alone[p] !== g) given.push(p);
+    else pen.box(priorsXyxy[p], "positive", g === state.selected
       ? { width: 1.6, halo: false } : { width: 1, halo: false, alpha: 0.4 });
   });
   for (const p of given) pen.box(priorsXyxy[p], "positive", { width: 3, dash: [7, 4] });
+  const named = boxes.map((_, g) => `${g + 1} ${NAMES[scene.labels[g]]}`);
   boxes.forEach((box, g) => {
-    for (const prior of priorsXyxy) best[g] = Math.max(best[g], iou(box, prior));
     const isSelected = g === state.selected;
     pen.box(box, "truth", { width: isSelected ? 4 : 2.5, fill: count[g] ? 0 : 0.25,
-                            text: `${g + 1} ${NAMES[scene.labels[g]]}` });
+                            text: named[g] });
     if (isSelected) pen.dot(box[2], box[3], "truth", 7);
   });
-  rows("boxes", boxes.map((_, g) => [`${g + 1} ${NAMES[scene.labels[g]]}`, dec(best[g]), count[g]]));
+  const overlap = boxes.map((box) => priorsXyxy.map((prior) => iou(box, prior)));
+  const best = overlap.map(argmax); // the prior that each box overlaps most
+  rows("boxes", boxes.map((_, g) => [named[g], dec(overlap[g][best[g]]), count[g]]));
   [...$("boxes").children].forEach((line, g) => {
     line.setAttribute("aria-selected", g === state.selected);
   });
-  const lost = boxes.flatMap((_, g) => (count[g] ? [] : [g + 1]));
   const positives = count.reduce((a, b) => a + b, 0);
   let text = `${plural(positives, "positive")} of ${NUMBER.format(priors.length)} priors.`;
   if (!boxes.length) text = "No box: the whole picture is background. Draw one.";
   if (given.length) text += ` Dashed: ${plural(given.length, "prior")} given to a box ` +
     `although ${given.length === 1 ? "it is" : "they are"} below the threshold, or another’s.`;
-  if (lost.length) text += ` Box ${lost.join(" and ")} is lost: no prior learns it.`;
-  $("remove").disabled = !boxes.length;
-  $("box-class").disabled = !boxes.length;
+  boxes.forEach((_, g) => {
+    const owner = matched[best[g]];
+    if (!count[g]) text += ` Box ${g + 1} is lost: ` + (owner < 0 ? "no prior learns it."
+      : `box ${owner + 1} took its best prior, and no other learns it.`);
+  });
+  $("remove").disabled = $("box-class").disabled = !boxes.length;
   if (boxes.length) $("box-class").value = scene.labels[state.selected];
+  $("c-matching").setAttribute("aria-description", text);
   say("matching", text);
-  canvasLabel.setAttribute("aria-description", text);
 };
 
 function lossOf() {
@@ -602,16 +616,19 @@ draw.loss = () => {
   for (const p of mined)
     pen.box(priorsXyxy[p], "negative", { width: 1.3, halo: false,
       alpha: 0.25 + (0.75 * loss.crossEntropy[p]) / most });
-  for (const p of positive) pen.box(priorsXyxy[p], "positive", { width: 1.3, halo: false, alpha: 0.6 });
+  for (const p of positive)
+    pen.box(priorsXyxy[p], "positive", { width: 1.3, halo: false, alpha: 0.6 });
   const at = state.visits[state.visited];
   let text = "No positives, so no negatives count either: a picture without boxes adds no loss.";
   if (at !== undefined) {
-    const isPositive = loss.labels[at] > 0, row = result.probabilities.subarray(
-      at * NAMES.length, (at + 1) * NAMES.length), guess = argmax(row);
-    pen.box(priorsXyxy[at], isPositive ? "positive" : "negative", { width: 4 });
-    text = `This ${isPositive ? "positive" : "negative"} has to say ${NAMES[loss.labels[at]]}; the ` +
-      `network says ${NAMES[guess]} with ${dec(row[guess])}, and ${NAMES[loss.labels[at]]} with ` +
-      `${dec(row[loss.labels[at]])}. Cross-entropy ${dec(loss.crossEntropy[at])}` +
+    const isPositive = loss.labels[at] > 0, target = loss.labels[at];
+    const scores = result.probabilities.subarray(at * NAMES.length, (at + 1) * NAMES.length);
+    const guess = argmax(scores), kind = isPositive ? "positive" : "negative";
+    pen.box(priorsXyxy[at], kind, { width: 4 });
+    text = `This ${kind} has to say ${NAMES[target]}. The network says ${NAMES[guess]} with ` +
+      `${dec(scores[guess])}` +
+      (guess === target ? "" : `, and ${NAMES[target]} with ${dec(scores[target])}`) +
+      `. Cross-entropy ${dec(loss.crossEntropy[at])}` +
       (isPositive ? `, offsets ${dec(loss.offsetLoss[at])}.` : ".");
   }
   say("loss", text);
@@ -625,15 +642,10 @@ draw.loss = () => {
 };
 
 function drawMined(loss, mined) {
-  const { context, width, height } = sheet($("c-mined"), 0.28);
   const sorted = loss.crossEntropy.filter((_, p) => loss.labels[p] === 0).sort().reverse();
-  const shown = Math.max(40, Math.min(sorted.length, Math.round(2.5 * mined)));
-  const top = Math.max(sorted[0], 1e-3), w = width / shown;
-  for (let i = 0; i < shown; i++) {
-    const tall = ((height - 10) * sorted[i]) / top;
-    context.fillStyle = colour(i < mined ? "negative" : "prior");
-    context.fillRect(i * w, height - tall, Math.max(0.6, w - 0.4), tall);
-  }
+  const shown = sorted.slice(0, Math.max(40, Math.round(2.5 * mined)));
+  const { context, height, w } = bars($("c-mined"), 0.28, [...shown],
+                                      (i) => (i < mined ? "negative" : "prior"));
   context.fillStyle = colour("ink");
   context.fillRect(mined * w, 0, 1.5, height);
   $("c-mined").setAttribute("aria-label", `Cross-entropy of the negatives: ${mined} count`);
@@ -654,7 +666,7 @@ async function measure() {
   }
   $("measure").disabled = false;
   if (!some.length)
-    return say("map", "No picture here has ground truth. Draw its boxes in step 8: they count here.");
+    return say("map", "No picture here has ground truth. Draw its boxes in step 8: they count.");
   const set = some.map((one) => ({
     boxes: truthOf(one).boxes.map((box) => inPixels(box, one)), labels: truthOf(one).labels,
     found: one.result.detections.map((d) => ({ ...d, xyxy: inPixels(clip(d.xyxy), one) })),
@@ -698,17 +710,22 @@ draw.map = () => {
     const here = walked.filter((row) => row.image === i);
     const hit = new Set(here.filter((row) => row.right).map((row) => row.box));
     truth.boxes.forEach((box, g) => {
-      if (truth.labels[g] === state.apLabel && !hit.has(g)) pen.box(box, "truth", { width: 2 });
+      if (truth.labels[g] === state.apLabel && !hit.has(g)) pen.box(box, "truth", { halo: false });
     });
-    for (const row of here) pen.box(clip(row.xyxy.map((v, k) => v / (k % 2 ? of.height : of.width))),
-      row.right ? "positive" : "negative", { width: row === end ? 4 : 2 });
+    for (const row of here) {
+      const unit = row.xyxy.map((v, k) => v / (k % 2 ? of.height : of.width));
+      const width = row === end ? 4 : 2;
+      pen.box(unit, row.right ? "positive" : "negative", { width, halo: false });
+    }
     canvas.setAttribute("aria-label", `${of.name}: ${hit.size} found`);
   });
   drawCurve(ap);
   const known = state.aps.map((one, label) => ({ one, label })).filter(({ one }) => one?.objects);
-  const mean = known.reduce((sum, { one }) => sum + one.ap11, 0) / known.length;
-  rows("aps", [...known.map(({ one, label }) => [NAMES[label], one.objects, dec(one.ap11, 3)]),
-               ["mAP, their mean", known.reduce((n, { one }) => n + one.objects, 0), dec(mean, 3)]]);
+  const sum = (key) => known.reduce((total, { one }) => total + one[key], 0);
+  rows("aps", [...known.map(({ one, label }) =>
+                 [NAMES[label], one.objects, dec(one.ap11, 3), dec(one.area, 3)]),
+               ["mAP, their mean", sum("objects"),
+                ...["ap11", "area"].map((key) => dec(sum(key) / known.length, 3))]]);
   [...$("aps").children].forEach((line, i) => {
     line.setAttribute("aria-selected", known[i]?.label === state.apLabel);
   });
@@ -769,7 +786,8 @@ function drawCurve(ap) {
     context.arc(...at(...here), 6, 0, 7);
     context.fill();
   }
-  $("c-curve").setAttribute("aria-label", `Precision over recall: AP ${dec(ap.ap11)} at 11 recalls`);
+  $("c-curve").setAttribute("aria-label",
+                            `Precision over recall: AP ${dec(ap.ap11)} at 11 recalls`);
 }
 
 // ------------------------------------------------------------------------------ hands
@@ -800,7 +818,7 @@ function options(select, first = 1) {
   select.replaceChildren(...NAMES.slice(first).map((name, i) => new Option(name, i + first)));
 }
 
-/** Dragging and keys on the two canvases where boxes are moved or visited. */
+/** Ground truth under the reader's hand: boxes are moved, resized, drawn and removed. */
 function editBoxes(canvas) {
   let drag = null;
   const change = () => { later("matching", "loss"); };
@@ -843,8 +861,7 @@ function editBoxes(canvas) {
   canvas.addEventListener("pointercancel", end);
   canvas.addEventListener("keydown", (event) => {
     const { boxes, labels } = picture.scene, box = boxes[state.selected];
-    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    const by = move[event.key]?.map((v) => v / 100);
+    const by = ARROWS[event.key]?.map((v) => v / 100);
     if (by && box) {
       if (!event.shiftKey) [box[0], box[1]] = [box[0] + by[0], box[1] + by[1]];
       box[2] = Math.max(box[0] + 0.02, box[2] + by[0]);
@@ -872,7 +889,8 @@ function removeBox() {
 
 const SCENES = { // in pixels of the network's image
   own: () => structuredClone(picture.truth) ?? { boxes: [], labels: [] },
-  twins: () => ({ boxes: [[137, 139, 157, 159], [140, 137, 159, 158]], labels: [1, NAMES.length - 1] }),
+  twins: () => ({ boxes: [[116, 24, 146, 264], [142, 24, 172, 264]],
+                  labels: [1, NAMES.length - 1] }),
   tiny: () => ({ boxes: [[60, 70, 71, 80], [120, 200, 250, 212]], labels: [1, NAMES.length - 1] }),
 };
 
@@ -947,11 +965,11 @@ function wire() {
   $("c-priors").addEventListener("pointermove", cellAt);
   $("c-priors").addEventListener("pointerdown", cellAt);
   $("c-priors").addEventListener("keydown", (event) => {
-    const by = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const by = ARROWS[event.key];
     if (!by || !state.cell) return;
     event.preventDefault();
     state.cell = state.cell.map((v, i) =>
-      Math.max(0, Math.min(mapSizes[state.map][i] - 1, v + by[i])));
+      Math.max(0, Math.min(mapSizes[state.map][i] - 1, v + by[1 - i])));
     later("priors");
   });
 
@@ -966,10 +984,11 @@ function wire() {
   $("c-loss").addEventListener("pointermove", visit);
   $("c-loss").addEventListener("pointerdown", visit);
   $("c-loss").addEventListener("keydown", (event) => {
-    const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const by = ARROWS[event.key];
     if (!by || !state.visits?.length) return;
     event.preventDefault();
-    state.visited = Math.max(0, Math.min(state.visits.length - 1, state.visited + by));
+    const next = state.visited + by[0] + by[1];
+    state.visited = Math.max(0, Math.min(state.visits.length - 1, next));
     later("loss");
   });
 
@@ -1074,7 +1093,9 @@ function introduce() {
     : `${many} classes: ${config.classes.join(", ")}`;
   for (const place of document.querySelectorAll(".size"))
     place.textContent = `${SIZE} × ${SIZE}`;
-  if (training.data === "shapes") $("learned").textContent = ", on 2,000 drawn pictures of shapes";
+  const data = { shapes: ", on drawn pictures of shapes", voc: ", on photographs (PASCAL VOC)",
+                 coco: ", on photographs (COCO)" };
+  $("learned").textContent = data[training.data] ?? "";
   $("about").textContent = `${config.backbone}, ${config.width} times the paper’s channels, ` +
     `${network.parameters.toLocaleString("en")} weights as 16-bit numbers, BatchNorm folded in` +
     (training.commit ? `; trained at commit ${training.commit}.` : ".");

@@ -161,7 +161,7 @@ def percent(x: float | None) -> str:
     return "–" if x is None else f"{100 * x:.1f}"
 
 
-def lead(runs: list[Run]) -> str:
+def lead(runs: list[Run], *, compared: bool = False) -> str:
     """What a reader wants first: mAP in large digits, and a sentence on each run."""
     parts = []
     for i, run in enumerate(runs):
@@ -169,7 +169,7 @@ def lead(runs: list[Run]) -> str:
         number = f"mAP {percent(run.results['mAP'])} %" if run.results else "not measured yet"
         parts.append(f'<div class="of run{i}"><p class="big">{number}<small> {name}</small></p>'
                      f"<p>{escape(sentence(run))}</p></div>")  # fmt: skip
-    if len(runs) > 1:
+    if len(runs) > 1 and not compared:
         parts.append("<p>How sure the difference is, and what changed: <code>python -m "
                      "experiments.compare RUN RUN --out page.html</code>.</p>")  # fmt: skip
     return "".join(parts)
@@ -235,10 +235,10 @@ def training(runs: list[Run]) -> str:
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
     parts.append(
-        "<p>Fluctuation is our definition, for the paper's Figure 1 (c) gives none: |g<sub>t</sub> "
-        "− g<sub>t−1</sub>|, the difference of two steps' L2 norms of the gradient. Loss, norm, "
-        "fluctuation and positives are moving averages over the last steps, in number: "
-        f"{windows}. A curve that diverges leaves its frame.</p>"
+        "<p>The fluctuation is |g<sub>t</sub> − g<sub>t−1</sub>|, the change of the gradient's L2 "
+        "norm from one step to the next. This definition is ours: the paper's Figure 1 (c) gives "
+        "none. Loss, norm, fluctuation and positives are moving averages over the last steps "
+        f"({windows}). A curve that diverges leaves its frame.</p>"
     )
     rows = []
     for i, run in enumerate(runs):
@@ -422,7 +422,7 @@ def matrix(errors: dict, largest: int = 24) -> str:
     if len(labels) > largest:
         pairs = [(n, labels[r], labels[c]) for r, row in enumerate(counts)
                  for c, n in enumerate(row) if n and r != c and c < len(row) - 1]  # fmt: skip
-        pairs.sort(reverse=True)
+        pairs.sort(key=lambda pair: -pair[0])
         rows = [[escape(there), escape(said), f"{n:,}"] for n, there, said in pairs[:largest]]
         return table(["what is there", "is shown as", "times"], rows)
     rows = []
@@ -494,11 +494,13 @@ def page(runs: list[Run], changed: str = "") -> str:
     """The whole report. `changed`: HTML of experiments.compare, what differs between two runs."""
     if len(runs) > len(LIGHT):
         raise ValueError(f"{len(runs)} runs: {len(LIGHT)} at most can be told apart on one page")
+    several = len(runs) > 1
     sections = {
-        "Result": lead(runs) + pictures(runs),
         "What changed": changed,
+        "Result": lead(runs, compared=bool(changed)) + pictures(runs) * (not several),
         "Errors": errors(runs),
         "Measures": results(runs),
+        "Detections": pictures(runs) * several,
         "Training": training(runs),
         "Arguments": overview(runs) + arguments(runs),
     }
@@ -564,8 +566,9 @@ def write_figures(folder: Path, runs: list[str]) -> None:
         ]
     (folder / "bn.svg").write_text(figures.gradients(logs), encoding="utf-8")
     print(folder / "bn.svg")
-    if read[0].sheet and read[0].about["args"]["data"] == "shapes":  # no photograph of others
-        (folder / "detections.jpg").write_bytes(shrunk(read[0].sheet, 900))
+    if read[0].about["args"]["data"] == "shapes":  # no photograph of others
+        sheet = drawings.detections(runs[0])
+        sheet.save(folder / "detections.jpg", quality=78, optimize=True)
         print(folder / "detections.jpg")
 
 

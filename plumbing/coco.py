@@ -19,6 +19,7 @@ import numpy as np
 from plumbing.files import (
     MAX_PIXELS,
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
@@ -26,17 +27,18 @@ from plumbing.files import (
     check_size,
     check_units,
     crosses,
-    in_part,
     index_files,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_bytes,
     spellings,
     split_of,
     stays_inside,
+    stem_of,
     suggest,
     whole,
 )
@@ -47,6 +49,9 @@ OTHERS = {  # a key of a JSON file that is not COCO's: who writes it, and what t
     "_via_settings": "a project of VIA: export the annotations as COCO",
     "item": "Darwin's own format: export as COCO",
     "samples": "fiftyone's own format: export as COCODetectionDataset",
+    "objects": "Supervisely's own format: export as COCO or Pascal VOC",
+    "data": "Label Studio's own format: export as COCO",
+    "image": "CreateML's: export as COCO",
 }
 
 
@@ -81,14 +86,43 @@ def listings(root: str | Path) -> dict[str, Path]:
     root = Path(root)
     if not root.is_dir():
         return {}
-    there = {path.stem: path for path in sorted(root.glob("*.json")) if path.name[0] != "."}
+    there = {path.stem: path for path in sorted(root.glob("*.json")) if seems_coco(path)}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        files = [path for path in sorted(folder.glob("*.json")) if path.name[0] != "."]
+        files = list(filter(seems_coco, sorted(folder.glob("*.json"))))
         if folder.name.lower() in ("annotations", "annotation"):
             there |= {path.stem.removeprefix("instances_"): path for path in files}
         elif len(files) == 1:
             there[folder.name] = files[0]
     return there
+
+
+def seems_coco(path: Path) -> bool:
+    """Whether a JSON file may be a listing, by its name or its beginning: a folder may hold one
+    JSON per image, of other tools."""
+    if path.name[0] == "." or not path.is_file():
+        return False
+    if path.name.startswith(("instances", "_annotations.coco")):
+        return True
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    return b'"images"' in start or b'"annotations"' in start
+
+
+def others_format(root: Path) -> str:
+    """Who wrote the JSON files of a folder that are not COCO's, and what to do; or ""."""
+    for path in (*sorted(root.glob("*.json"))[:1], *sorted(root.glob("*/*.json"))[:3]):
+        try:
+            if path.stat().st_size < 64 << 20 and (who := whose(json.loads(read_bytes(path)))):
+                return f"{path} is {who}"
+        except (OSError, ValueError, RecursionError):
+            continue
+    return ""
+
+
+def whose(data: object) -> str:
+    """Of what is in a JSON file: whose format it is, if it is known."""
+    data = data[0] if isinstance(data, list) and data else data
+    return next((who for key, who in OTHERS.items() if isinstance(data, dict) and key in data), "")
 
 
 def list_sets(root: str | Path) -> list[str]:
@@ -120,6 +154,8 @@ def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[
     message += "" if annotated else " (a test set without annotations: eval.py --results takes it)"
     if there := list_sets(root):
         message += f". {suggest(there)}"
+    elif who := others_format(root):
+        message += f". {who}"
     raise BadData(f"--coco-root {root}", message)
 
 
@@ -171,9 +207,8 @@ def read_listing(path: Path, found: Findings) -> Listing:
             if not isinstance(data[kind], list):
                 raise TypeError(f"{kind} must be a list")
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(data, dict):
-            what = next((f"it is {who}" for key, who in OTHERS.items() if key in data), what)
+        who = whose(data)
+        what = f"it is {who}" if who else f"{type(error).__name__}: {error}"
         raise BadData(path, f"not an instances file of COCO ({what})") from None
 
     def rows(kind: str, take: Callable[[dict], tuple]) -> list[tuple]:
@@ -245,7 +280,7 @@ def size_of(width: object, height: object, path: Path, where: str, found: Findin
     sides = number(width), number(height)
     if missing or any(side > 0 and side % 1 for side in sides):
         found.handle(where, "size missing or with fractions, taken from the image")
-        return open_image(path).size
+        return open_image(path, UNREADABLE).size
     if not all(side % 1 == 0 and 0 < side <= MAX_PIXELS for side in sides):  # NaN is neither
         what = f"size {width!r:.60} x {height!r:.60}: expected whole numbers of pixels"
         raise BadData(where, what, "image size that is not whole pixels")
@@ -296,20 +331,22 @@ def to_records(
     paths = find_pictures(listing.images, folders, path)
     images: dict[int, tuple[Path, tuple[int, int]]] = {}
     names: set[str] = set()
+    chosen = part_of([stem_of(image[1]) for image in listing.images], part)
     for image_id, name, width, height in listing.images:
         where = f"{path} image {image_id}"
         try:
             if image_id in images or name in names:
                 continue  # said above
+            if stem_of(name) not in chosen:
+                continue
             names.add(name)
             if not stays_inside(name):
                 what = f"file name {name[:60]!r} leaves its folder"
                 raise BadData(where, what, "name that leaves its folder")
             if name not in paths:
                 raise BadData(where, f"no image {folders[0] / name}", "missing image")
-            if in_part(paths[name], part):
-                size = size_of(width, height, paths[name], where, found)
-                images[image_id] = paths[name], size
+            size = size_of(width, height, paths[name], where, found)
+            images[image_id] = paths[name], size
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)
     objects = boxes_of(listing, images, labels, found)
@@ -425,8 +462,9 @@ def read_coco(
 
 
 def category_ids(root: str | Path, split: str) -> dict[str, int]:
-    """{class name: the id that the file gives it}, for results in COCO's own ids."""
-    found = Findings(collect=True)
-    listing = read_listing(find_listing(root, split, annotated=False)[0], found)
-    used = Counter(entry.category for entry in listing.entries)
-    return {name: category for category, name in classes_of(listing, used, found).items()}
+    """{class name: the id that the file gives it}, for results in COCO's own ids. Of two of one
+    name it is the one that has boxes."""
+    listing = read_listing(find_listing(root, split, annotated=False)[0], Findings(collect=True))
+    used = {entry.category for entry in listing.entries}
+    categories = sorted(listing.categories, key=lambda category: category[0] in used)
+    return {name: category for category, name, _ in categories}

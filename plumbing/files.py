@@ -29,7 +29,6 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +74,7 @@ class BadData(ValueError):
         self.where, self.what, self.kind = str(where), what, kind
 
     def __str__(self) -> str:
-        hint = " (to train on the rest: --drop-bad)" if self.kind else ""
+        hint = " (--drop-bad leaves out what is bad)" if self.kind else ""
         return f"{self.where}: {self.what}{hint}"
 
 
@@ -151,11 +150,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file."""
+    """The content of a text file in UTF-8, or in UTF-16, which Windows' PowerShell writes."""
+    data = read_bytes(Path(path))
     try:
-        return read_bytes(Path(path)).decode("utf-8-sig")
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadData(path, f"not UTF-8 text ({error})") from None
+        raise BadData(path, f"not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:
@@ -214,9 +214,14 @@ def index_files(
     Mac's "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"):
     they are left out of the keys, so that a picture and its labels have the same one.
     """
-    files = []
+    files, seen = [], set()
     top = str(folder)
     for place, folders, names in os.walk(top, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen and status.st_ino:  # links in a circle
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         inside = os.path.relpath(place, top)
         parts = [] if inside == "." else [on_disk(part) for part in inside.split(os.sep)]
         folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
@@ -248,6 +253,11 @@ def on_disk(name: str) -> str:
     return one_form(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
+def to_disk(name: str) -> str:
+    """A name as Python needs it to write a file, in any locale: the reverse of `on_disk`."""
+    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
 def spellings(name: str, roles: tuple[str, ...] = ()) -> Iterator[str]:
     """The keys of `index_files` under which a name from a file may be found, the likeliest first:
     as it is; with slashes for backslashes; without "./" and the folders that are roles."""
@@ -267,23 +277,37 @@ def split_of(name: str) -> tuple[str, str]:
     return name, part
 
 
-def in_part(path: Path, part: str) -> bool:
-    """Whether an image is in this part of its set: a hash of its name puts one of five into "val",
-    the others into "train"; on any machine and whatever other images there are."""
-    return not part or (zlib.crc32(on_disk(path.stem).encode("utf-8", "replace")) % 5 == 0) == (
-        part == "val"
-    )
+def part_of(stems: Iterable[str], part: str) -> set[str]:
+    """Which images of a set are in its part "train" or "val" (or "", all), by their names without
+    folder and suffix. "val" is the fifth with the smallest hashes, the same on any machine and in
+    any format of the data set."""
+    stems = sorted(set(stems), key=lambda stem: (zlib.crc32(stem.encode("utf-8", "replace")), stem))
+    cut = 0 if not part else max(1, round(len(stems) / 5))
+    return set(stems[:cut] if part == "val" else stems[cut:])
 
 
-def suggest(sets: list[str]) -> str:
-    """The sets that are there, and the flags that name two of them, for an error message."""
-    train = next((name for name in sets if name.rpartition(":")[2].startswith("train")), sets[0])
-    rest = [name for name in sets if name != train]
-    test = next((n for n in rest if n.rpartition(":")[2].startswith(("val", "test"))), None)
-    test = test or (rest[0] if rest else "")
-    if not test:  # there is one set: four fifths of it, and the rest
-        train, test = f"{train}@train", f"{train}@val"
-    return f"Sets there: {' '.join(sets)}. Name them: --train-sets {train} --eval-sets {test}"
+def stem_of(name: str) -> str:
+    """The name of a picture without folder and suffix."""
+    return one_form(name).replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
+
+
+def suggest(sets: list[str], everything: str = "") -> str:
+    """The sets that are there and the flags to name them, for an error message. `everything`: the
+    name of the set of all images, if there is one."""
+
+    def first(*starts: str) -> str:
+        names = (name for name in sets if name.rpartition(":")[2].casefold().startswith(starts))
+        return next(names, "")
+
+    train, test = first("train"), first("val", "test")
+    if len(sets) == 1:  # four fifths of it, and the rest
+        train, test = f"{sets[0]}@train", f"{sets[0]}@val"
+    more = f" and {len(sets) - 20} more" if len(sets) > 20 else ""
+    text = f"Sets there: {' '.join(sets[:20])}{more}. Choose: --train-sets {train or 'SET'} "
+    text += f"--eval-sets {test or 'SET'}"
+    if everything and not (train and test):
+        text += f", or --train-sets {everything}@train --eval-sets {everything}@val"
+    return text
 
 
 # ------------------------------------------------------------------------------ numbers and boxes
@@ -338,7 +362,7 @@ def crosses(box: list[float], size: tuple) -> bool:
 def check_size(path: Path, size: tuple, where: object) -> None:
     """Refuses a picture whose size is not the annotation's. It is asked where a box crosses the
     border: then that is the cause, and said once, not for every box."""
-    if (true := open_image(path).size) != size:
+    if (true := open_image(path, UNREADABLE).size) != size:
         what = "the image {} is {}x{}, its annotation says {}x{}".format(path, *true, *size)
         raise BadData(where, what, "another size than the image's")
 
@@ -356,25 +380,26 @@ def check_units(records: list[Record], where: object, found: Findings) -> None:
 UNREADABLE = "image that cannot be read"  # a kind of BadData
 
 
-def open_image(path: Path) -> Image.Image:
-    """Reads the header only. Refuses what is no image, and one too large, before any pixel."""
+def open_image(path: Path, kind: str = "") -> Image.Image:
+    """Reads the header only. Refuses what is no image, and one too large, before any pixel.
+    `kind` of the BadData: of a data set's image UNREADABLE, so that --drop-bad can leave it out."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise BadData(path, "the file is empty, or no regular file", UNREADABLE)
+            raise BadData(path, "the file is empty, or no regular file", kind)
         image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
         return image
     except Image.DecompressionBombError as error:
         what = f"too large to be a photograph, not decoded ({error})"
-        raise BadData(path, what, UNREADABLE) from None
+        raise BadData(path, what, kind) from None
     except FileNotFoundError:
-        raise BadData(path, "no such image", "missing image") from None
+        raise BadData(path, "no such image", kind) from None
     except BadData:
         raise
     except Exception as error:  # whatever a decoder raises on bytes from anywhere
-        raise BadData(path, f"not an image that can be read ({error})", UNREADABLE) from None
+        raise BadData(path, f"not an image that can be read ({error})", kind) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -401,7 +426,7 @@ def decode_pixels(image: Image.Image, record: Record) -> Image.Image:
 
 def open_record(record: Record) -> Image.Image:
     """The image of a record, not yet decoded; its size must be the annotation's."""
-    image = open_image(record.path)
+    image = open_image(record.path, UNREADABLE)
     if image.format == "TIFF" and exif_orientation(image) in range(2, 9):  # Pillow turns only these
         what = "a TIFF with an orientation: are the boxes in its stored pixels? Store it upright"
         raise BadData(record.path, what, "TIFF with an orientation")
@@ -417,22 +442,3 @@ def exif_orientation(image: Image.Image) -> int:
         return image.getexif().get(0x0112, 1)
     except Exception:  # broken EXIF does not make a broken picture
         return 1
-
-
-def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
-    """Decodes every image, as training will, and leaves out those that cannot be (--drop-bad)."""
-
-    def fault(record: Record) -> BadData | None:
-        try:
-            decode_pixels(open_record(record), record)
-            return None
-        except BadData as error:
-            return error
-
-    print(f"data: decoding {len(records)} images once, to find those that cannot be used",
-          file=sys.stderr)  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter's lock
-        faults = list(pool.map(fault, records))
-    for error in filter(None, faults):
-        found.refuse(error.where, error.what, error.kind)
-    return [record for record, error in zip(records, faults, strict=True) if error is None]

@@ -35,7 +35,15 @@ FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_ou
 # A resumed run takes all arguments from its checkpoint but those of the machine; of the others
 # these may be given anew, because the data may have moved, or a bad step is to be left out.
 MACHINE = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "page")
-CHANGEABLE = ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes", "skip_nonfinite")
+CHANGEABLE = (
+    "voc_root",
+    "coco_root",
+    "yolo_root",
+    "shapes_root",
+    "classes",
+    "skip_nonfinite",
+    "bf16",
+)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -98,7 +106,8 @@ def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Names
     if not args.resume or not last.exists():
         return args, None
     checkpoint = read_checkpoint(last)
-    saved = {k: v for k, v in checkpoint["args"].items() if k not in MACHINE and hasattr(args, k)}
+    saved = {"sizes": ()} | checkpoint["args"]  # older runs did not grow
+    saved = {k: v for k, v in saved.items() if k not in MACHINE and hasattr(args, k)}
     args = parse_args(argv, **saved)
     for key, value in saved.items():
         now, changeable = getattr(args, key), key in CHANGEABLE and value is not None
@@ -179,12 +188,14 @@ class RunLog:
             write_json(self.out / "run.json", about)
             self.file = open(self.out / "log.jsonl", "a", buffering=1, encoding="utf-8")
 
-    def write(self, step: int, values: dict[str, Tensor], lr: float, images: list[str]) -> None:
-        """Notes the scalars of a step, its learning rate and the names of its images."""
+    def write(
+        self, step: int, values: dict[str, Tensor], lr: float, done: float, images: list[str]
+    ) -> None:
+        """Notes the scalars of a step, its learning rate and the names of its images; with it the
+        share `done` of the run's work is done."""
         if self.lead and self.progress is None:
-            total = self.args.iterations
-            self.progress = Progress(total, "step", every=20, first=step / total)
-        self.pending.append((step, values, lr, images))
+            self.progress = Progress(self.args.iterations, "step", every=20, first=done)
+        self.pending.append((step, values, lr, done, images))
         if len(self.pending) == self.every:
             self.flush()
 
@@ -197,8 +208,8 @@ class RunLog:
         rows = torch.stack([torch.stack(list(v.values())) for _, v, *_ in self.pending]).tolist()
         rate = self.args.batch_size * (self.pending[-1][0] + 1 - self.first)
         rate /= time.perf_counter() - self.begin
-        for (step, _, lr, images), row in zip(self.pending, rows, strict=True):
-            values = dict(zip(names, row, strict=True))
+        for (step, _, lr, done, images), row in zip(self.pending, rows, strict=True):
+            values, share = dict(zip(names, row, strict=True)), done
             self.stopping |= values.pop("stop") > 0
             line = {"step": step, "loss": values["loc"] + values["conf"], **values, "lr": lr}
             line["images_per_s"] = round(rate, 2)
@@ -215,7 +226,7 @@ class RunLog:
                 f"lr {line['lr']:.2g}  {rate:.1f} images/s"
             )
             try:
-                self.progress(line["step"] + 1, text)
+                self.progress(line["step"] + 1, text, share=share)
             except BrokenPipeError:  # the terminal is gone
                 silence_output()
                 self.stopping = True

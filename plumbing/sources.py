@@ -21,7 +21,6 @@ from plumbing.files import (
     BadData,
     Findings,
     Record,
-    leave_out_unreadable,
     one_form,
     read_classes,
 )
@@ -79,6 +78,20 @@ def sets_there(args: Namespace) -> list[str]:
     return readers.get(kind, voc).list_sets(root_of(args)) or SETS[kind][0]
 
 
+def other_format(root: Path, kind: str) -> str:
+    """For an error message: the other format that a folder seems to have, or ""."""
+    has_names = any((root / name).is_file() for name in ("data.yaml", *yolo.NAME_FILES))
+    there = {
+        "yolo": has_names and yolo.labels_of(root),
+        "coco": coco.list_sets(root),
+        "voc": kind != "shapes" and voc.list_sets(root),
+    }
+    for other, found in there.items():
+        if found and other != kind:
+            return f"It looks like {other.upper()}: --{other}-root {root}"
+    return coco.others_format(root) if kind != "coco" else ""
+
+
 def from_run(args: Namespace, saved: dict) -> tuple[Namespace, list[str], int | None]:
     """What to measure a checkpoint on: the flags, and where they say nothing, the data of its run
     (`saved`: the checkpoint's args). -> (args for open_data, sets, how many of their images or
@@ -115,17 +128,25 @@ def open_data(
     if kind == "coco" and file not in (None, "auto"):
         raise ValueError(f"--classes {file}: COCO's files list their own; leave it out")
     names = None if file in (None, "auto") else read_classes(file)
-    if kind == "coco":
-        records, names = coco.read_coco(root, sets, found, annotated=annotated)
-    elif kind == "yolo":
-        records, names = yolo.read_yolo(root, sets, names, found, annotated=annotated)
-    else:
-        if classes is not None:
-            names = None  # any, to be compared with those of the network
-        elif file is None:
-            names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
-        records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
+    try:
+        if kind == "coco":
+            records, names = coco.read_coco(root, sets, found, annotated=annotated)
+        elif kind == "yolo":
+            records, names = yolo.read_yolo(root, sets, names, found, annotated=annotated)
+        else:
+            if classes is not None:
+                names = None  # any, to be compared with those of the network
+            elif file is None:
+                names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
+            records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
+    except BadData as error:
+        hint = other_format(root, kind) if error.where.startswith("--") else ""
+        if not hint:
+            raise
+        raise BadData(error.where, f"{error.what}. {hint}") from None
     if found.drop:
+        from plumbing.check import leave_out_unreadable
+
         records = leave_out_unreadable(records, found)
     if classes is not None:
         classes = tuple(classes)

@@ -14,6 +14,7 @@ Other tools write the same XML into other folders. All of these are read, too:
 `<filename>`, `<path>` and `<folder>` are not used: they are of the disk of whoever drew the boxes.
 """
 
+import contextlib
 import glob
 import re
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 
 from plumbing.files import (
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
@@ -31,13 +33,13 @@ from plumbing.files import (
     check_size,
     check_units,
     crosses,
-    in_part,
     index_tree,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_bytes,
     read_lines,
     spellings,
@@ -133,7 +135,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             head.setdefault(tag, text)
     width, height = (number(head.get(f"size/{side}", "0")) for side in ("width", "height"))
     if width == height == 0:
-        width, height = open_image(image).size
+        width, height = open_image(image, UNREADABLE).size
         found.handle(xml, "sizes missing in the XML, taken from the image")
     if not (width >= 1 and height >= 1 and width % 1 == height % 1 == 0):
         given = " x ".join(head.get(f"size/{side}", "0")[:60] for side in ("width", "height"))
@@ -251,7 +253,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
             message += f" Sets there: {' '.join(there)}. To train without VOC2012: "
             message += "--train-sets 2007:trainval"
         else:
-            message += f" {suggest(there)}"
+            message += f" {suggest(there, 'all')}"
     raise BadData(f"--voc-root {root}", message)
 
 
@@ -319,11 +321,18 @@ def read_set(
     by_id = {key.rpartition(".")[0]: path for key, path in pictures.items()}
     by_id |= {key[:-4]: path for key, path in pictures.items() if key.lower().endswith(".jpg")}
     lines = names_in(tree, listing, pictures, xmls, annotated)
+
+    def last_names():
+        for line, where in lines if part else ():
+            with contextlib.suppress(BadData):  # said below
+                yield find_image(line, where, pictures, by_id)[0].rpartition("/")[2]
+
+    chosen = part_of(last_names(), part)
     images, bare = [], []
     for line, where in lines:
         try:
             image_id, path = find_image(line, where, pictures, by_id)
-            if part and path and not in_part(path, part):
+            if part and image_id.rpartition("/")[2] not in chosen:
                 continue
             xml = xmls.get(image_id, tree / "Annotations" / f"{image_id}.xml")
             if xml in seen:
@@ -341,7 +350,7 @@ def read_set(
                 raise BadData(where, f"no annotation {xml}", "missing annotation")
             else:
                 bare.append(where)
-                with open_image(path) as image:
+                with open_image(path, UNREADABLE) as image:
                     images.append((image_id, path, image.size, []))
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)
@@ -389,7 +398,9 @@ def to_records(images: Sequence[tuple], classes: list[str], found: Findings) -> 
             what = f"class {name!r}{more}: background is what no box covers, not a class"
             found.refuse(places[0], what, "class named background", len(places))
         else:
-            what = f"class {name[:60]!r} is none of {', '.join(classes)}; --classes FILE{more}"
+            what = (
+                f"class {name[:60]!r} is none of {', '.join(classes)}; --classes auto or FILE{more}"
+            )
             found.refuse(places[0], what, "unknown class", len(places))
     labels = {name: label for label, name in enumerate(classes, start=1)}
     records = []

@@ -15,6 +15,7 @@ An image whose label file is empty or missing has no objects; missing ones are c
 An image that its EXIF turns is refused: some tools measure the stored picture, some the turned one.
 """
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,29 +25,32 @@ import numpy as np
 
 from plumbing.files import (
     SUFFIXES,
+    UNREADABLE,
     BadData,
     Findings,
     Record,
     check_box,
     exif_orientation,
-    in_part,
     index_tree,
     is_background,
     note_similar,
     number,
     one_form,
     open_image,
+    part_of,
     read_lines,
     read_text,
     spellings,
     split_of,
     stays_inside,
+    stem_of,
     suggest,
 )
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations")
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "darknet.labels", "labels.txt")
+MANY = 20  # lines with the same fault: it is said once
 NO_LABELS = ("classes.txt", "labels.txt", "readme.txt", "notes.txt")
 
 # ------------------------------------------------------------------------------ data.yaml
@@ -171,14 +175,29 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
         names = [name for _, name in numbers]
     if isinstance(names, list) and names:
         return [one_form(name) for name in names], file
-    if isinstance(names, str) and names:  # obj.data: names = data/obj.names
-        names = None
     for folder in (root, root / "labels", root / "images", *sorted(root.glob("obj_*_data"))):
         there = [folder / name for name in NAME_FILES] + sorted(folder.glob("*.names"))
         for path in filter(Path.is_file, there):
             return [one_form(line) for line, _ in read_lines(path)], path
     what = "no data.yaml with names, classes.txt or obj.names there"
     raise BadData(f"--yolo-root {root}", f"{what}; expected the class names: --classes FILE")
+
+
+def which_names(
+    root: Path, settings: dict, file: Path | None, classes: Iterable[str] | None
+) -> tuple[list[str], object]:
+    """`names_of`, or `classes` where the data has no names; both must be the same."""
+    if classes is None:
+        return names_of(root, settings, file)
+    classes = list(classes)
+    try:
+        names, source = names_of(root, settings, file)
+    except BadData:
+        return classes, "--classes"
+    if names != classes:
+        what = f"{source} lists {', '.join(names)}: leave --classes out"
+        raise BadData(f"--classes {', '.join(classes)}", what)
+    return names, source
 
 
 def pictures_of(root: Path) -> dict[str, Path]:
@@ -197,9 +216,14 @@ def list_sets(root: str | Path) -> list[str]:
     root = folder_of(root)
     if not root.is_dir():
         return []
-    pictures = pictures_of(root)
-    known = ("train", "val", "valid", "test", "trainval")
-    lists = [name for name in known if (root / f"{name}.txt").is_file()]
+    pictures, lists = pictures_of(root), []
+    tails, stems = tails_of(pictures), {key.rpartition(".")[0] for key in pictures}
+    for path in sorted(root.glob("*.txt")):  # of which some are labels of pictures beside them
+        if path.name[0] != "." and path.name.lower() not in NO_LABELS and path.stem not in stems:
+            with contextlib.suppress(BadData):  # no text
+                first = next(iter(read_lines(path)), ("", ""))[0]
+                if key_of(first, pictures, tails) in pictures:
+                    lists.append(path.stem)
     folders = sorted({key.partition("/")[0] for key in pictures if "/" in key})
     return lists or folders or ["all"] * bool(pictures)
 
@@ -209,9 +233,7 @@ def find_set(
 ) -> list[tuple[str, object]]:
     """[(key of `pictures`, where it is listed), ...] of a set: a list, a folder, what data.yaml
     says, or all."""
-    by_tail: dict[str, list[str]] = {}
-    for key in pictures:
-        by_tail.setdefault(key.rpartition("/")[2], []).append(key)
+    by_tail = tails_of(pictures)
 
     def listed(path: Path) -> list[tuple[str, object]]:
         lines = read_lines(path)
@@ -257,8 +279,16 @@ def find_set(
             "rest"
         )
     else:
-        message += f". {suggest(there)}"
+        message += f". {suggest(there, 'all')}"
     raise BadData(f"--yolo-root {root}", message)
+
+
+def tails_of(pictures: dict[str, Path]) -> dict[str, list[str]]:
+    """{"a.jpg": ["train/a.jpg"], ...}"""
+    tails: dict[str, list[str]] = {}
+    for key in pictures:
+        tails.setdefault(key.rpartition("/")[2], []).append(key)
+    return tails
 
 
 def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) -> str:
@@ -278,9 +308,10 @@ def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) 
 
 def read_labels(
     path: Path, size: tuple[int, int], names: Sequence[str], pose: bool, found: Findings,
-    unknown: dict[str, list[str]],
+    bad: dict[str, list[tuple[str, str]]], unknown: dict[str, list[str]],
 ) -> list[tuple[int, list[float]]]:  # fmt: skip
-    """[(class, box xyxy in pixels), ...] of one label file. `pose`: keypoints follow each box."""
+    """[(class, box xyxy in pixels), ...] of one label file. `pose`: keypoints follow each box.
+    Lines that are not YOLO's go into `bad`, classes without a name into `unknown`."""
     rows, (w, h) = [], size
     for line, where in read_lines(path):
         words = line.split()
@@ -297,7 +328,7 @@ def read_labels(
         elif max(values[1:] if polygon else values[1:5]) > 2:
             what = "expected fractions of the image, from 0 to 1; are these pixels?"
         if what:
-            found.refuse(where, f"{what}; got {line[:100]!r}", "line that is not YOLO's")
+            bad.setdefault(what, []).append((where, line))
             continue
         number_ = int(values[0])
         if number_ >= len(names):
@@ -333,29 +364,32 @@ def read_yolo(
     images, seen = [], {}
     for name in sets:
         name, part = split_of(name)
-        for key, where in find_set(root, name, pictures, settings):
+        listed = find_set(root, name, pictures, settings)
+        chosen = part_of([stem_of(key) for key, _ in listed], part)
+        for key, where in listed:
+            if stem_of(key) not in chosen:
+                continue
             if key not in pictures:
                 found.refuse(where, f"no image {key[:200]}", "missing image")
-            elif not in_part(pictures[key], part):
-                continue
             elif key in seen:
                 what = f"{key} is listed twice, first at {seen[key]}"
                 found.refuse(where, what, "image listed twice")
             else:
                 seen[key] = where
                 images.append(key)
-    names, source = (list(classes), "--classes") if classes else names_of(root, settings, file)
+    names, source = which_names(root, settings, file, classes)
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise BadData(source, f"class {twice!r} is there twice")
     note_similar(names, source, found)
 
+    bad: dict[str, list[tuple[str, str]]] = {}  # what -> (where, line)
     unknown: dict[str, list[str]] = {}
-    rows = []
+    pose, rows = "kpt_shape" in settings, []
     for key in images:
         path, labels = pictures[key], label_files.get(key.rpartition(".")[0])
         try:
-            with open_image(path) as image:
+            with open_image(path, UNREADABLE) as image:
                 size, turned = image.size, exif_orientation(image) in range(2, 9)
             if turned:
                 what = "its EXIF turns it: are the labels of the stored picture? Store it upright"
@@ -365,12 +399,19 @@ def read_yolo(
                     found.handle(path, "pictures without a label file, taken as without objects")
                 objects = []
             else:
-                objects = read_labels(labels, size, names, "kpt_shape" in settings, found, unknown)
+                objects = read_labels(labels, size, names, pose, found, bad, unknown)
                 if not objects:
                     found.note(labels, "no objects")
             rows.append((key.rpartition(".")[0], path, size, objects))
         except BadData as error:
             found.refuse(error.where, error.what, error.kind)
+    for what, lines in bad.items():
+        count = len(lines)
+        if count > MANY:  # one cause
+            lines = [(lines[0][0], f"{lines[0][1]}, and in {count - 1} other lines")]
+        for where, line in lines:
+            text = f"{what}; got {line[:100]!r}"
+            found.refuse(where, text, "line that is not YOLO's", count // len(lines))
     for what, places in unknown.items():
         more = f" ({len(places)} objects)" if len(places) > 1 else ""
         what = f"{what}{more} is none of the {len(names)} of {source}, 0 to {len(names) - 1}"

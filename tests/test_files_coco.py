@@ -194,9 +194,7 @@ def test_missing_coco(coco):
     with pytest.raises(ValueError, match="expected a name such as train2017"):
         read_coco(root, ["../train2017"])
     write_coco(root, content)
-    message = (
-        "Sets there: train2017. Name them: --train-sets train2017@train --eval-sets train2017@"
-    )
+    message = "Sets there: train2017. Choose: --train-sets train2017@train --eval-sets train2017@"
     with pytest.raises(ValueError, match=message):
         read_coco(root, ["train"])
     with pytest.raises(ValueError, match="--classes names: COCO's files list their own"):
@@ -292,7 +290,8 @@ def test_categories_that_only_group_are_no_classes(coco, extra, capsys):
     assert classes == ["dog", "toothbrush"]
     assert record.labels.tolist() == [2, 1]
     assert capsys.readouterr().err.count("categories that no box uses") == 1
-    assert category_ids(root, "train2017") == {"dog": 18, "toothbrush": 90}
+    ids = category_ids(root, "train2017")
+    assert (ids["dog"], ids["toothbrush"]) == (18, 90)
     content["annotations"][0]["category_id"] = 0
     write_coco(root, content)
     if extra["name"] == "animals":  # a class like any other
@@ -352,14 +351,32 @@ def test_boxes_in_fractions_of_the_image_are_refused(coco):
 
 
 @pytest.mark.parametrize(
-    ("key", "who"),
-    [("shapes", "labelme"), ("_via_img_metadata", "VIA"), ("item", "Darwin"), ("x", "KeyError")],
+    ("content", "who"),
+    [
+        ({"shapes": [], "imagePath": "a.jpg"}, "labelme"),
+        ({"_via_img_metadata": {}}, "VIA"),
+        ({"item": {}, "annotations": []}, "Darwin"),
+        ({"size": {}, "objects": []}, "Supervisely"),
+        ([{"id": 1, "data": {}, "annotations": []}], "Label Studio"),
+        ([{"image": "a.jpg", "annotations": []}], "CreateML"),
+        ({"x": 1}, "KeyError"),
+    ],
 )
-def test_json_of_other_tools_is_named(coco, key, who):
+def test_json_of_other_tools_is_named(coco, content, who, tmp_path_factory):
     root, _ = coco
-    write_coco(root, {key: []})
+    write_coco(root, content)
     with pytest.raises(BadData, match=f"not an instances file of COCO .*{who}"):
         read_coco(root, ["train2017"])
+    folder = tmp_path_factory.mktemp("json")
+    for name in "ab":
+        write(folder / f"ann/{name}.json", json.dumps(content))
+    if who != "KeyError":
+        for flag in ("voc_root", "coco_root"):
+            with pytest.raises(BadData, match=f"a.json is .*{who}"):
+                open_data(flags(**{flag: folder}), ["train2017"])
+    write(folder / "ann/c.json", "{")
+    with pytest.raises(BadData, match="contains both|contains ImageSets"):
+        open_data(flags(coco_root=folder), ["train2017"])
 
 
 # ---- the layouts that tools write

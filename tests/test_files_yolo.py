@@ -4,7 +4,19 @@ import unicodedata
 
 import pytest
 from PIL import Image
-from trees import bounded, drop, flags, listed, make_yolo, picture, run_check, write
+from trees import (
+    bounded,
+    drop,
+    flags,
+    listed,
+    make_coco,
+    make_voc,
+    make_yolo,
+    picture,
+    run_check,
+    write,
+    write_coco,
+)
 
 from plumbing.files import BadData
 from plumbing.sources import kind_of, open_data
@@ -83,10 +95,15 @@ def test_one_cause_is_one_error(yolo, capsys):
     status, out = run_check(capsys, sets=["train"], yolo_root=yolo)
     assert out.count("refused ") == 1
     assert listed(out, "refused", r"\S+a.txt:1  class 7 \(30 objects\) is none of the 2")
+    write(yolo / "labels/train/a.txt", "0 0.5 0.5 0.5 0.5\n" + "0 30 20 9 9\n" * 30)
+    status, out = run_check(capsys, sets=["train"], yolo_root=yolo)
+    assert out.count("refused ") == 1
+    assert listed(out, "refused", r"\S+a.txt:2  .*are these pixels.*and in 29 other lines")
+    assert drop(read_yolo, yolo, ["train"])[1] == {"line that is not YOLO's": 30}
 
 
 def test_bad_files(yolo):
-    write(yolo / "labels/train/a.txt", b"\xff\xfe0\0")
+    write(yolo / "labels/train/a.txt", b"\xff0")
     with pytest.raises(BadData, match="a.txt: not UTF-8 text"):
         read_yolo(yolo, ["train"])
     write(yolo / "labels/train/a.txt", "")
@@ -147,6 +164,12 @@ def test_where_the_names_are(yolo, file, text):
         return
     write(yolo / file, text)
     assert read_yolo(yolo, ["train"])[1] == ["bolt", "nut"]
+
+
+def test_classes_that_are_not_those_of_the_data(yolo):
+    assert read_yolo(yolo, ["train"], ["bolt", "nut"])[1] == ["bolt", "nut"]
+    with pytest.raises(BadData, match="--classes nut, bolt: .*data.yaml lists bolt, nut: leave --"):
+        read_yolo(yolo, ["train"], ["nut", "bolt"])
 
 
 def test_names_with_marks(yolo):
@@ -225,8 +248,9 @@ def test_a_yaml_that_means_harm_takes_no_time(yolo, text):
         ("{}.jpg", "{}.txt", {"classes.txt": "bolt\nnut"}, ["all"]),  # LabelImg
         ("images/val/{}.jpg", "labels/val/{}.txt",  # fiftyone
          {"dataset.yaml": "names:\n- bolt\n- nut\nnc: 2\npath: .\nval: ./images/val/\n"}, ["val"]),
-        ("data/{}.jpg", "data/{}.txt", {"obj.names": "bolt\nnut", "images.txt": "data/a.jpg\n"},
-         ["data"]),
+        ("data/{}.jpg", "data/{}.txt",
+         {"obj.names": "bolt\nnut", "images.txt": "data/a.jpg\nb.jpg"},
+         ["images"]),
         ("images/{}.JPG", "labels/{}.txt",
          {"x.yaml": "names: [bolt, nut]", "train.txt": "/home/ann/images/a.jpg\nC:\\x\\b.JPG\n"},
          ["train"]),
@@ -266,9 +290,7 @@ def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):
         read_yolo("/nowhere", ["train"])
     with pytest.raises(BadData, match="no pictures below it"):
         read_yolo(tmp_path_factory.mktemp("empty"), ["train"])
-    with pytest.raises(
-        BadData, match="no set 'test'.*Sets there: train val. Name them: --train-sets"
-    ):
+    with pytest.raises(BadData, match="no set 'test'.*Sets there: train val. Choose: --train-sets"):
         read_yolo(yolo, ["test"])
     for name in ("../train", "/etc/passwd", ""):
         with pytest.raises(ValueError, match="expected a name such as train"):
@@ -283,6 +305,18 @@ def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):
     write(yolo / "train.txt", "\n")
     with pytest.raises(BadData, match="train.txt: lists no images"):
         read_yolo(yolo, ["train"])
+
+
+def test_a_root_of_another_format_is_said(yolo, tmp_path_factory):
+    coco, content = make_coco(tmp_path_factory.mktemp("coco"))
+    write_coco(coco, content)
+    voc = make_voc(tmp_path_factory.mktemp("voc"))
+    roots = {"voc": voc, "coco": coco, "yolo": yolo}
+    for kind in roots:
+        for other in roots.keys() - {kind}:
+            message = f"It looks like {other.upper()}: --{other}-root {roots[other]}"
+            with pytest.raises(BadData, match=message):
+                open_data(flags(**{f"{kind}_root": roots[other]}), ["some"])
 
 
 def test_names_from_a_mac(yolo):

@@ -21,6 +21,7 @@ from trees import (
     write_coco,
     xml_of,
 )
+from trees import picture as picture_of
 
 import data
 from plumbing.files import (
@@ -151,15 +152,15 @@ def test_truncated_images(voc, keep):
 
 @pytest.mark.filterwarnings("ignore")  # Pillow on broken TIFF tags
 def test_spoiled_images_never_escape_as_another_error(voc):
-    """Bytes changed at random: the image loads, or BadData names it; 300 files."""
+    """Bytes changed at random: the image loads, or BadData names it; 30 of each format."""
     rng, path = np.random.default_rng(1), voc / "JPEGImages/a.jpg"
     record = read_voc(voc, ["trainval"])[0][0]
     picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
     refused = 0
-    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+    for kind in FORMATS:
         picture.save(path, format=kind)
         good = np.frombuffer(path.read_bytes(), np.uint8)
-        for _ in range(50):
+        for _ in range(30):
             bad = good.copy()
             where = rng.integers(0, min(len(bad), 600), rng.integers(1, 12))
             bad[where] = rng.integers(0, 256, len(where))
@@ -257,9 +258,11 @@ def test_exif_orientation_is_not_applied_and_a_rotated_size_is_refused(voc):
 
 
 @pytest.mark.parametrize("turn", range(10))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_pixels_are_the_stored_ones_or_refused(voc, kind, turn):
     """Pillow turns a TIFF while it decodes, and nothing else."""
+    if kind not in FORMATS:
+        pytest.skip(f"this Pillow has no {kind}")
     image, exif = Image.new("RGB", (60, 40), "black"), Image.Exif()
     image.paste("white", (0, 0, 20, 10))
     exif[0x0112] = turn
@@ -313,7 +316,6 @@ def test_check_names_every_problem_and_fails(voc, capsys):
         r"6 images, 5 objects: 7 places that training refuses, 1 that it handles, 2 notes",
     ):
         assert re.search(pattern, out), (pattern, out)
-    assert "6/6 images" in err
 
 
 def test_check_of_good_data_succeeds(voc, coco, capsys):
@@ -428,3 +430,41 @@ def test_findings_collect_or_raise():
 def test_every_format_is_known_to_pillow():
     Image.init()
     assert set(FORMATS) <= set(Image.OPEN)
+
+
+READ = """
+import sys
+from trees import flags
+from plumbing.sources import open_data
+from plumbing.files import to_disk
+for flag, root in zip(sys.argv[1::2], sys.argv[2::2]):
+    classes = "auto" if flag == "voc_root" else None
+    (record,), names = open_data(flags(**{flag: root}, classes=classes), ["mine"])
+    print(ascii(names), record.size, record.labels.tolist())
+    (record.path.parent / to_disk("\\u87ba\\u6813.txt")).touch()
+"""
+
+
+def test_any_locale_reads_the_same(tmp_path):
+    """In the locale C Python reads file names as bytes; what files say is UTF-8 all the same."""
+    voc, coco, yolo = (tmp_path / name for name in ("voc", "coco", "yolo"))
+    for path in (voc / "JPEGImages", coco / "mine", yolo / "images/mine"):
+        picture_of(path / "\u00e9crou.jpg")
+    write(voc / "Annotations/\u00e9crou.xml", xml_of(an_object("\u00e9crou")))
+    write(voc / "ImageSets/Main/mine.txt", "\u00e9crou\n")
+    content = make_coco(tmp_path)[1]
+    content["images"][0]["file_name"] = "\u00e9crou.jpg"
+    write_coco(coco, content, "mine")
+    write(yolo / "labels/mine/\u00e9crou.txt", "0 0.5 0.5 0.5 0.5")
+    write(yolo / "data.yaml", "names: [\u00e9crou]")
+    words = [w for root in (voc, coco, yolo) for w in (f"{root.name}_root", str(root))]
+    said, bytes_only = [], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for more in (bytes_only, {"PYTHONUTF8": "1"}):
+        environment = os.environ | more | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-c", READ, *words], capture_output=True, text=True,
+                              env=environment, timeout=120)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert said[0].count("crou") == 2  # and COCO's dog
+    assert (voc / "JPEGImages/\u87ba\u6813.txt").exists()

@@ -447,7 +447,7 @@ def test_figure_1_has_a_curve_a_run_in_each_panel():
 def test_dots_lie_at_their_numbers():
     root = ET.fromstring(figures.dots([("a", [10.0, 20.0], ""), ("b", [], "lost")], "title"))
     x = [float(c.get("cx")) for c in root.findall("{*}circle")]
-    assert x == pytest.approx([330 + 420 * 10 / 24, 330 + 420 * 20 / 24], abs=0.1)
+    assert x == pytest.approx([330 + 420 * 10 / 25, 330 + 420 * 20 / 25], abs=0.1)
     assert "lost" in [t.text for t in root.findall("{*}text")]
 
 

@@ -11,6 +11,7 @@ from the reference or a sanitizer speaks.
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -29,12 +30,14 @@ def restart(args):
     library, _ = SANITIZERS[args.sanitize]
     env = dict(os.environ, SCRATCHDET_FUZZ="1", SCRATCHDET_OPS="reference", OMP_NUM_THREADS="1")
     if library:
-        compiler = os.environ.get("CXX", "c++")
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
         found = subprocess.run(
-            [compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True
+            [*compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         if not os.path.isabs(found):
-            sys.exit(f"error: {compiler} has no {library}: install the sanitizers, or CXX=g++")
+            sys.exit(
+                f"error: {compiler[0]} has no {library}: install the sanitizers, or set CXX=g++"
+            )
         env["LD_PRELOAD"] = found
         env["ASAN_OPTIONS"] = "detect_leaks=0"  # Python itself keeps memory to the end
         env["UBSAN_OPTIONS"] = "print_stacktrace=1"
@@ -110,8 +113,8 @@ def main():
     which = args.op or f"{len(ops.NAMES)} ops"
     print(
         f"{args.cases} cases of the {args.kernels} kernels of {which} equal the reference, "
-        f"sanitizer {args.sanitize} silent, {time.process_time() - started:.0f} CPU s; {excused} "
-        "images differed by rounding at a threshold or a tie"
+        f"sanitizer {args.sanitize} silent, {time.process_time() - started:.0f} CPU s; "
+        f"{excused} images differed by rounding at a threshold or a tie"
     )
     return 0
 
