@@ -82,7 +82,7 @@ def run_detector(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
         # On a CPU several batches go at once, each on a core of its own; results keep their order.
-        for some in spread(run, batches, 1 if device.type == "cuda" else torch.get_num_threads()):
+        for some in spread(run, batches, torch.get_num_threads() if device.type == "cpu" else 1):
             found += some
             if what:
                 progress(len(found))

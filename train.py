@@ -384,7 +384,7 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     """What a step calls: the model shared between ranks, compiled, or in all threads of a CPU."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
-    if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
+    if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
         return in_threads(model, micro_batch(args, world))
     network = model
     if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient

@@ -19,11 +19,16 @@ from torch.distributed.rendezvous import rendezvous
 
 def check_device(name: str) -> None:
     """ValueError unless `name` is cpu, or a GPU that is here."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:1")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or mps")
     there = torch.cuda.device_count()
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= there:
         raise ValueError(f"--device {name}: torch {torch.__version__} sees {there} GPUs here")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"--device mps: torch {torch.__version__} sees no Apple GPU here")
+        print("--device mps: nobody has run this code on an Apple GPU yet; its ops run there as "
+              "plain PyTorch. Compare with --device cpu", file=sys.stderr)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ what it is
@@ -45,6 +50,8 @@ def processor(device: torch.device | str) -> str:
     """The GPU's name, or the CPU's and how many of its threads are used."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return f"Apple GPU of {platform.machine()}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
@@ -61,6 +68,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is fast there, not just possible."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     with contextlib.suppress(OSError):
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     return False
