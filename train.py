@@ -78,7 +78,7 @@ LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backwa
 def make_parser() -> argparse.ArgumentParser:
     """All flags. Those without a default here take theirs from the recipe."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # fmt: off

@@ -252,7 +252,7 @@ def write_page(checkpoint: str | Path, out: str | Path, images: list | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("checkpoint", help="runs/NAME/last.pt, or a page that this command wrote")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures or folders of them; "
                         "default: drawn shapes")  # fmt: skip
