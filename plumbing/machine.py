@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -83,7 +84,16 @@ def keep_large_tensors() -> None:
         libc.mallopt(-1, -1 & 0x7FFFFFFF)  # M_TRIM_THRESHOLD
 
 
-# ------------------------------------------------------------------------------ its memory
+# ------------------------------------------------------------------------------ its room
+
+
+def free_space(folder: Path) -> float:
+    """Bytes that may still be written there; infinity where the file system does not say."""
+    try:
+        total, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return free if total else math.inf  # 0 of 0: unknown, or without a limit
 
 
 def free_memory(device: torch.device) -> float:
@@ -168,6 +178,8 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
             "sets all three. For one process: unset RANK WORLD_SIZE LOCAL_RANK"
         )
     rank, world = int(rank), int(world)
+    if not rank < world:
+        raise ValueError(f"RANK={rank} of WORLD_SIZE={world} in the environment: ranks count from 0")
     device = torch.device(args.device)
     if device.type == "cuda":
         local = int(env("LOCAL_RANK", 0)) if world > 1 else device.index or 0
