@@ -33,7 +33,7 @@ from plumbing.export import export
 from plumbing.files import SUFFIXES, open_image
 from plumbing.frames import split_jpegs
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, upright
-from plumbing.program import check_range, run_program
+from plumbing.program import check_file, check_range, run_program
 from scratchdet import load_detector
 
 ROOT = Path(__file__).resolve().parent
@@ -210,10 +210,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.checkpoint = next((str(p) for p in DEFAULTS if p.exists()), None)
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
-    for file in filter(None, (args.json, args.export)):  # fail now, not at the end
-        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
-        if Path(file).is_dir():
-            raise ValueError(f"{file}: a folder; expected the name of a file to write")
+    for file in (args.json, args.export):  # fail now, not at the end
+        check_file(file, args.checkpoint, *args.pictures)
     return args
 
 

@@ -31,10 +31,10 @@ from metrics import Detections, results_text, summarise
 from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.coco import category_ids
-from plumbing.files import Record, decode_pixels, open_record
+from plumbing.files import Record, decode_pixels, open_record, to_disk
 from plumbing.halves import spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
-from plumbing.program import Progress, check_range, run_program
+from plumbing.program import Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 # ----------------------------------------------------------------------------- running a detector
@@ -272,7 +272,8 @@ def write_outputs(args, records: list[Record], found: list[Detections], classes)
         folder = Path(args.draw)
         for record, one in zip(records, found, strict=True):
             name = record.name.replace("/", "_")
-            draw_found(record, one, classes, args.min_score).save(folder / f"{name}.jpg")
+            picture = draw_found(record, one, classes, args.min_score)
+            picture.save(folder / to_disk(f"{name}.jpg"))
         print(f"drawn: {folder}/ (ground truth green, detections of {args.min_score:g} up orange)")
 
 
@@ -314,10 +315,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_shared(args)
     check_range(args, "min_score", 0, 1)
-    for file in filter(None, (args.json, args.results)):  # fail now, not at the end
-        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
-        if Path(file).is_dir():
-            raise ValueError(f"{file}: a folder; expected the name of a file to write")
+    for file in (args.json, args.results):  # fail now, not at the end
+        check_file(file, args.checkpoint)
     return args
 
 

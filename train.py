@@ -17,7 +17,6 @@ depend on (seed, s) alone, and the checkpoint holds the rest.
 
 import argparse
 import contextlib
-import itertools
 import os
 import signal
 import sys
@@ -40,9 +39,9 @@ import eval as evaluation
 import ops
 from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
 from plumbing import machine, plan, run_folder, sources
-from plumbing.checkpoint import read_checkpoint
+from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
-from plumbing.program import StopSignals, check_range, run_program
+from plumbing.program import StopSignals, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
 # The recipes. `drops`: where the learning rate falls to a tenth, as fractions of the run (sections
@@ -107,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--drops", type=float, nargs="*",
         help="where the learning rate falls to a tenth, as fractions of the run")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
-    add("--sizes", type=size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
+    add("--sizes", type=plan.size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
         help="grow: images of so many pixels until that share of the run's work is done")
     add("--seed", type=int, default=0, help="of the weights and of every sample")
 
@@ -127,12 +126,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip-nonfinite", action="store_true", help="leave such steps out, and count them")
     # fmt: on
     return parser
-
-
-def size_and_share(text: str) -> tuple[int, float]:
-    """160:.45 of --sizes -> (160, 0.45)."""
-    size, share = text.split(":")
-    return int(size), float(share)
 
 
 def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
@@ -168,44 +161,19 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     base, recipe = recipe_for(given)
     parser.set_defaults(**(base | recipe | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
-    check_args(args, given)
+    plan.check_flags(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
         if getattr(args, root):  # so that eval.py finds it from any folder
             setattr(args, root, str(Path(getattr(args, root)).absolute()))
+    if args.classes not in (None, "auto"):
+        args.classes = str(Path(args.classes).absolute())
     # The linear rule (Goyal et al. 2017): twice the batch, twice the rate, half the steps.
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(recipe["iterations"] / scale)
     return args
-
-
-def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """ValueError where a number is out of its range, or two flags contradict each other."""
-    check_range(args, "batch_size accumulate iterations save_every", 1)
-    check_range(args, "overfit lr seed workers eval_every", 0)
-    check_range(args, "warmup drops", 0, 1)
-    check_range(args, "minutes", 0.01)
-    if not args.out:
-        raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
-    if given.minutes and given.iterations:
-        raise ValueError("--minutes and --iterations both say how long to train: give one")
-    if given.drops and args.schedule == "linear":
-        raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
-    grows = [(0, 0.0), *args.sizes]
-    if args.sizes and not (
-        grows[-1] == (args.size, 1) and all(a[1] < b[1] for a, b in itertools.pairwise(grows))
-    ):
-        raise ValueError(
-            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
-            f"shares that grow, to {args.size}:1 at the end, such as 160:.5 {args.size}:1"
-        )
-    if args.sync_bn and not args.device.startswith("cuda"):
-        raise ValueError(
-            f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
-            "out (each rank then normalises by its own images), or use --device cuda"
-        )
 
 
 # ------------------------------------------------------------------------------ optimisation
@@ -318,24 +286,6 @@ def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> T
 # ------------------------------------------------------------------------------ the run
 
 
-def micro_batch(args: argparse.Namespace, world: int) -> int:
-    """Images of one forward pass on one rank; ValueError where they do not divide, or BN fails."""
-    parts = world * args.accumulate
-    micro, rest = divmod(args.batch_size, parts)
-    if rest or micro < 1:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
-            f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
-        )
-    if micro * (world if args.sync_bn else 1) == 1 and args.bn != "none":
-        raise ValueError(
-            f"--batch-size {args.batch_size} leaves a (micro-)batch of 1 image: BatchNorm has no "
-            "statistics on the 1x1 map. Use a larger --batch-size, a smaller --accumulate, or "
-            "--bn none"
-        )
-    return micro
-
-
 def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple, str]:
     """Records to train on, records to evaluate, class names, and what --drop-bad left out."""
     found = sources.Findings(drop=args.drop_bad)
@@ -367,16 +317,8 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
         )
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    elif args.init:  # whatever fits; the scores of other classes do not
-        own, saved = model.state_dict(), start.get("ema") or start["model"]
-        fits = {key: value for key, value in saved.items()
-                if key in own and value.shape == own[key].shape
-                and (detects == classes or not key.startswith("head.conf"))}  # fmt: skip
-        if not fits:
-            raise ValueError(f"--init {args.init}: none of its weights fits a {args.backbone}")
-        model.load_state_dict(own | fits)
-        why = "" if detects == classes else f"; it detects {', '.join(detects)}"
-        say(f"--init {args.init}: {len(fits)} of {len(own)} tensors, the others random{why}")
+    elif args.init:
+        say(take_weights(model, start, args.init))
     return model
 
 
@@ -385,7 +327,7 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
-        return in_threads(model, micro_batch(args, world))
+        return in_threads(model, plan.micro_batch(args, world))
     network = model
     if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient
         unused = bool(args.sizes)
@@ -427,7 +369,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
     rank, world, device = machine.start_ranks(args)
-    micro, lead, out = micro_batch(args, world), rank == 0, Path(args.out)
+    micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
@@ -486,11 +428,11 @@ def main(argv: list[str] | None = None) -> dict:
             saves = last or (step + 1) % args.save_every == 0
             if saves or (stop.number and world == 1):  # several ranks stop at a common step
                 log.flush()
+            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+                log.measured(step, lambda: measure(model, test, args, rank, world))
             if lead and (saves or log.stopping):
                 log.save(step + 1, model, optimizer, images=len(train))
                 evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
-            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: measure(model, test, args, rank, world))
             if log.stopping and not last:
                 say(f"stopped after {step + 1} steps; the same command with --resume goes on")
                 sys.exit(128 + (stop.number or signal.SIGTERM))

@@ -21,7 +21,7 @@ import torch
 
 import data
 import train
-from plumbing import machine
+from plumbing import machine, plan
 from plumbing.network import count_macs
 from plumbing.program import run_program
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Time the parts of a step with the flags of train.py; -> what it prints."""
     args = train.parse_args(argv)
     rank, world, device = machine.start_ranks(args)
-    micro, say = train.micro_batch(args, world), print if rank == 0 else lambda *_: None
+    micro, say = plan.micro_batch(args, world), print if rank == 0 else lambda *_: None
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True

@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ from plumbing.files import (
     exif_orientation,
     open_record,
 )
+from plumbing.program import Progress
 
 LIST = 20  # notes of one kind that are listed; of what is refused or corrected, all
 
@@ -38,7 +37,7 @@ def check(
         if lacks := sorted(everything - set(classes)):
             what = f"lacks {', '.join(lacks)}: a network trained on it alone cannot be measured on"
             found.note(f"set {name}", f"{what} the sets that have them")
-    decode_all(list(records.values()), found, workers or os.cpu_count() or 1)
+    decode_all(list(records.values()), found, workers)
 
     for title, kinds, most in (
         ("refused", found.refused, None),
@@ -61,10 +60,12 @@ def check(
     return 1 if refused or handled else 0
 
 
-def decode_all(records: list[Record], found: Findings, workers: int) -> None:
-    """Decodes every image; the faults go into `found`."""
+def decode_all(
+    records: list[Record], found: Findings, workers: int | None = None
+) -> list[BadData | None]:
+    """Decodes every image, as training will: -> of each record what is wrong with it, or None."""
 
-    def inspect(record: Record) -> None:
+    def fault(record: Record) -> BadData | None:
         try:
             image = open_record(record)
             if image.mode != "RGB":
@@ -72,15 +73,21 @@ def decode_all(records: list[Record], found: Findings, workers: int) -> None:
             if exif_orientation(image) != 1:
                 found.note(record.path, "EXIF orientation, not applied: boxes are in stored pixels")
             decode_pixels(image, record)
+            return None
         except BadData as error:
-            found.refuse(error.where, error.what)
+            return error
 
-    start = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool:  # the decoders let go of the interpreter's lock
-        for done, _ in enumerate(pool.map(inspect, records), start=1):
-            rate = done / (time.monotonic() - start)
-            if done % 100 == 0 or done == len(records):
-                left = (len(records) - done) / rate
-                end = "\n" if done == len(records) else ""
-                print(f"\r{done}/{len(records)} images, {rate:.0f}/s, {left:.0f} s left ", end=end,
-                      file=sys.stderr, flush=True)  # fmt: skip
+    progress, faults = Progress(len(records), "decoding"), []
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow releases Python's lock
+        for error in pool.map(fault, records):
+            faults.append(error)
+            progress(len(faults))
+            if error:
+                found.refuse(error.where, error.what, error.kind)
+    return faults
+
+
+def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
+    """The records whose image can be decoded; `found` lists the others (--drop-bad)."""
+    faults = decode_all(records, found)
+    return [record for record, error in zip(records, faults, strict=True) if error is None]

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
@@ -32,3 +33,21 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
         ) from None
     return checkpoint
+
+
+def take_weights(model: nn.Module, start: dict, name: str | Path) -> str:
+    """Copies what fits from the start checkpoint `name` into the network; -> what to say about it.
+
+    The scores of other classes do not fit; what has no counterpart stays random.
+    """
+    own, saved = model.state_dict(), start.get("ema") or start["model"]
+    detects = tuple(start["config"].get("classes", model.config.classes))
+    same = detects == model.config.classes
+    fits = {key: value for key, value in saved.items()
+            if key in own and value.shape == own[key].shape
+            and (same or not key.startswith("head.conf"))}  # fmt: skip
+    if not fits:
+        raise ValueError(f"--init {name}: no weight of it fits a {model.config.backbone}")
+    model.load_state_dict(own | fits)
+    why = "" if same else f"; it detects {', '.join(detects)}"
+    return f"--init {name}: {len(fits)} of {len(own)} tensors, the others random{why}"

@@ -233,8 +233,10 @@ def download(archive: Archive, folder: Path, wait: float) -> None:
                 fault = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
             tries += 1
             fruitless = 0 if size_of(part) > before else fruitless + 1
-            if fruitless:
-                time.sleep(wait * 2 ** (fruitless - 1))
+            pause = wait * 2 ** (fruitless - 1) if fruitless else 0
+            if fruitless < 5:
+                print(f"{archive.name}: {fault}; trying again in {pause:.0f} s", file=sys.stderr)
+                time.sleep(pause)
         faults.append(f"{url}: {fault}")
     raise ValueError(
         f"{archive.name} cannot be downloaded ({'; '.join(faults)}). The same command goes on "

@@ -29,7 +29,6 @@ import unicodedata
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -443,22 +442,3 @@ def exif_orientation(image: Image.Image) -> int:
         return image.getexif().get(0x0112, 1)
     except Exception:  # broken EXIF does not make a broken picture
         return 1
-
-
-def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
-    """Decodes every image, as training will, and leaves out those that cannot be (--drop-bad)."""
-
-    def fault(record: Record) -> BadData | None:
-        try:
-            decode_pixels(open_record(record), record)
-            return None
-        except BadData as error:
-            return error
-
-    print(f"data: decoding {len(records)} images once, to find those that cannot be used",
-          file=sys.stderr)  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter's lock
-        faults = list(pool.map(fault, records))
-    for error in filter(None, faults):
-        found.refuse(error.where, error.what, error.kind)
-    return [record for record, error in zip(records, faults, strict=True) if error is None]

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
         )
     rank, world = int(rank), int(world)
     if not rank < world:
-        raise ValueError(f"RANK={rank} of WORLD_SIZE={world} in the environment: ranks count from 0")
+        raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: ranks count from 0")
     device = torch.device(args.device)
     if device.type == "cuda":
         local = int(env("LOCAL_RANK", 0)) if world > 1 else device.index or 0
@@ -189,6 +190,8 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
             print(f"rank {rank} waits for the others of WORLD_SIZE={world} at {address}; for one "
                   "process: unset RANK WORLD_SIZE", file=sys.stderr)  # fmt: skip
+        # pytorch 157862: 1x1 weights in channels_last make DDP warn, and nothing is slower for it
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
     return rank, world, device
 

@@ -1,8 +1,9 @@
-"""What a run will cost on this machine, and whether it fits: asked before the first step.
+"""Before the first step: whether the flags make sense, what the run will cost, whether it fits.
 
 Where something does not fit, the error names the flag that helps.
 """
 
+import itertools
 import os
 import time
 from argparse import Namespace
@@ -15,7 +16,64 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plumbing.machine import free_memory, free_space
+from plumbing.program import check_range
 from plumbing.workers import PREFETCH
+
+# ------------------------------------------------------------------------------ the flags
+
+
+def size_and_share(text: str) -> tuple[int, float]:
+    """160:.45 of --sizes -> (160, 0.45)."""
+    size, share = text.split(":")
+    return int(size), float(share)
+
+
+def check_flags(args: Namespace, given: Namespace) -> None:
+    """ValueError where a number is out of its range, or two flags contradict each other."""
+    check_range(args, "batch_size accumulate iterations save_every", 1)
+    check_range(args, "overfit lr seed workers eval_every", 0)
+    check_range(args, "warmup drops", 0, 1)
+    check_range(args, "minutes", 0.01)
+    if not args.out:
+        raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
+    if given.minutes and given.iterations:
+        raise ValueError("--minutes and --iterations both say how long to train: give one")
+    if given.drops and args.schedule == "linear":
+        raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
+    grows = [(0, 0.0), *args.sizes]
+    if args.sizes and not (
+        grows[-1] == (args.size, 1) and all(a[1] < b[1] for a, b in itertools.pairwise(grows))
+    ):
+        raise ValueError(
+            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
+            f"shares that grow, to {args.size}:1 at the end, such as 160:.5 {args.size}:1"
+        )
+    if args.sync_bn and not args.device.startswith("cuda"):
+        raise ValueError(
+            f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
+            "out (each rank then normalises by its own images), or use --device cuda"
+        )
+
+
+def micro_batch(args: Namespace, world: int) -> int:
+    """Images of one forward pass on one rank; ValueError where they do not divide, or BN fails."""
+    parts = world * args.accumulate
+    micro, rest = divmod(args.batch_size, parts)
+    if rest or micro < 1:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
+            f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
+        )
+    if micro * (world if args.sync_bn else 1) == 1 and args.bn != "none":
+        raise ValueError(
+            f"--batch-size {args.batch_size} leaves a (micro-)batch of 1 image: BatchNorm has no "
+            "statistics on the 1x1 map. Use a larger --batch-size, a smaller --accumulate, or "
+            "--bn none"
+        )
+    return micro
+
+
+# ------------------------------------------------------------------------------ the machine
 
 
 def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -20,9 +21,6 @@ def run_program(main: Callable[[], object]) -> None:
 
     `main` may return an exit status. Names that the console cannot print appear as escapes.
     """
-    if sys.getfilesystemencoding() != "utf-8" and main.__module__ == "__main__":
-        # LC_ALL=C and PYTHONUTF8=0: files could not be named after classes. So begin anew.
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -52,11 +50,15 @@ def run_program(main: Callable[[], object]) -> None:
 def silence_output() -> None:
     """Where nobody reads standard output or error any more, what is printed goes nowhere."""
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            fd = stream.fileno()
+            try:
+                stream.flush()
+                gone = stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd)  # a closed terminal
+            except OSError:
+                gone = True
+            if gone:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 def check_file(path: str | None, *inputs: str | Path) -> None:

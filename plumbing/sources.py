@@ -21,7 +21,6 @@ from plumbing.files import (
     BadData,
     Findings,
     Record,
-    leave_out_unreadable,
     one_form,
     read_classes,
 )
@@ -146,6 +145,8 @@ def open_data(
             raise
         raise BadData(error.where, f"{error.what}. {hint}") from None
     if found.drop:
+        from plumbing.check import leave_out_unreadable
+
         records = leave_out_unreadable(records, found)
     if classes is not None:
         classes = tuple(classes)

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from plumbing.files import Record
+from plumbing.files import Record, to_disk
 
 
 def write_results(
@@ -59,5 +59,6 @@ def write_comp4(
                 archive.addfile(member, io.BytesIO(text.encode()))
         return
     for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text, encoding="utf-8")
+        file = path / to_disk(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")

@@ -137,10 +137,11 @@ def test_it_says_the_size_and_licence_first_and_ends_with_the_command(
     assert "VOC.tar: is there" in capsys.readouterr().out
 
 
-def test_a_connection_that_breaks_goes_on_where_it_broke(server, tree, tmp_path):
+def test_a_connection_that_breaks_goes_on_where_it_broke(server, tree, tmp_path, capsys):
     server.faults = [("break", 700), ("status", 503), ("break", 1000), ("break", 0)]
     assert run(source_of(server, tree), tmp_path / "data") == 0
     assert server.requests == ["", "bytes=700-", "bytes=700-", "bytes=1700-", "bytes=1700-"]
+    assert "VOC.tar: HTTP 503 Service Unavailable; trying again in 0 s" in capsys.readouterr().err
 
 
 def test_another_run_goes_on_where_the_first_stopped(server, tree, tmp_path):
