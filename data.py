@@ -359,7 +359,8 @@ def draw_batch(records: list[Record], classes: list[str], seed: int, augment: st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     sources.add_data_flags(parser.add_argument_group("data"))

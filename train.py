@@ -77,7 +77,7 @@ LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backwa
 def make_parser() -> argparse.ArgumentParser:
     """All flags. Those without a default here take theirs from the recipe."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # fmt: off
@@ -168,6 +168,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
         if getattr(args, root):  # so that eval.py finds it from any folder
             setattr(args, root, str(Path(getattr(args, root)).absolute()))
+    if args.classes not in (None, "auto"):
+        args.classes = str(Path(args.classes).absolute())
     # The linear rule (Goyal et al. 2017): twice the batch, twice the rate, half the steps.
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
@@ -325,7 +327,7 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     """What a step calls: the model shared between ranks, compiled, or in all threads of a CPU."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
-    if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
+    if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
         return in_threads(model, plan.micro_batch(args, world))
     network = model
     if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient
@@ -427,11 +429,11 @@ def main(argv: list[str] | None = None) -> dict:
             saves = last or (step + 1) % args.save_every == 0
             if saves or (stop.number and world == 1):  # several ranks stop at a common step
                 log.flush()
+            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+                log.measured(step, lambda: measure(model, test, args, rank, world))
             if lead and (saves or log.stopping):
                 log.save(step + 1, model, optimizer, images=len(train))
                 evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
-            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: measure(model, test, args, rank, world))
             if log.stopping and not last:
                 say(f"stopped after {step + 1} steps; the same command with --resume goes on")
                 sys.exit(128 + (stop.number or signal.SIGTERM))

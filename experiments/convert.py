@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         convert_data.main(words)
         return
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("kind", choices=["vgg16", "detector"], help="what FILE is")
