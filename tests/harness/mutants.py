@@ -230,11 +230,11 @@ MUTANTS = [
     # Training
     Mutant("biases decay", "train.py",
            '"params": biases, "weight_decay": 0.0',
-           '"params": biases, "weight_decay": weight_decay',
+           '"params": biases, "weight_decay": WEIGHT_DECAY',
            "test_train.py", "decay_and_rate"),
     Mutant("the head's BN decays", "train.py",
            '{"params": head_bn, "weight_decay": 0.0',
-           '{"params": head_bn, "weight_decay": weight_decay',
+           '{"params": head_bn, "weight_decay": WEIGHT_DECAY',
            "test_train.py", "decay_and_rate"),
     Mutant("the learning rate drops a step late", "train.py",
            "done >= drop for drop", "done > drop for drop",
