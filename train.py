@@ -402,6 +402,8 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+    if args.page:
+        page.describe(model)  # a network that the page cannot run is refused now
     costs = plan.check(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
     about = run_folder.describe(args, model.config, machine.processor(device), world)
@@ -466,7 +468,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(evaluation.results_text(results))
         report.write([out], out / "report.html")
         if args.page:
-            page.write_page(out / "last.pt", out / "page.html")
+            shown = () if args.data == "shapes" else test[: page.PICTURES]
+            page.write_page(out / "last.pt", out / "page.html", shown)
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
     machine.end_ranks()
