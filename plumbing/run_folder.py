@@ -229,12 +229,13 @@ class RunLog:
             )
             self.say(self.progress, line["step"] + 1, text, share=share)
 
-    def say(self, function: Callable, *args, **kwargs) -> None:
-        """Prints; where the terminal is gone, the run is to be saved and to end."""
+    def say(self, function: Callable, *args, **kwargs) -> object:
+        """Calls what prints; where nobody listens any more the run is to be saved and to end."""
         try:
-            function(*args, **kwargs)
-        except OSError:  # a closed pipe, or the terminal of a connection that broke
-            silence_output()
+            return function(*args, **kwargs)
+        except OSError:
+            if not silence_output():
+                raise
             self.stopping = True
 
     def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
@@ -249,9 +250,9 @@ class RunLog:
     def measured(self, step: int, measure: Callable[[], dict]) -> None:
         """Measures on the way: mAP by its names, and the cost, into the log."""
         begin = time.perf_counter()
-        results = measure()
+        results = self.say(measure)
         self.begin += time.perf_counter() - begin  # the time of no step
-        if self.file:
+        if self.file and results:
             numbers = {k: v for k, v in results.items() if k.startswith("mAP")}
             numbers["cpu_minutes"] = results["cpu_minutes"]
             self.file.write(json.dumps({"step": step} | numbers) + "\n")
