@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 import ops
-from plumbing import sources
+from plumbing import check, fetch, sources
 from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
@@ -367,7 +367,8 @@ def draw_batch(records: list[Record], classes: list[str], seed: int, augment: st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     sources.add_data_flags(parser.add_argument_group("data"))
@@ -383,13 +384,9 @@ def main(argv: list[str] | None = None) -> int:
     check_range(args, "workers", 1)
     check_range(args, "seed", 0)
     if args.fetch:
-        from plumbing import fetch
-
         return fetch.main(args.fetch, args.to)
     sets = args.sets or sources.sets_there(args)
     if args.check:
-        from plumbing import check
-
         found = Findings(collect=True)
         read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
         return check.check(read, found, args.workers)

@@ -15,6 +15,7 @@ Boxes are (left, top, right, bottom) in pixels of the picture.
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from plumbing.export import export
 from plumbing.files import SUFFIXES, open_image
 from plumbing.frames import split_jpegs
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, upright
-from plumbing.program import check_range, run_program
+from plumbing.program import check_file, check_range, run_program
 from scratchdet import load_detector
 
 ROOT = Path(__file__).resolve().parent
@@ -174,7 +175,7 @@ def detect_film(model, args: argparse.Namespace) -> int:
     -> the exit status: 1 if a frame could not be read, else 0.
     """
     classes, rows, failed, begin = model.config.classes, [], 0, time.perf_counter()
-    with open(args.draw or "/dev/null", "wb") as film:
+    with open(args.draw or os.devnull, "wb") as film:
         for n, frame in enumerate(split_jpegs(sys.stdin.buffer)):
             try:
                 image = as_rgb(Image.open(io.BytesIO(frame), formats=["JPEG"]))
@@ -202,7 +203,7 @@ def detect_film(model, args: argparse.Namespace) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -216,7 +217,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--multi-scale", action="store_true", help="9 scales, mirrored: slower, finds more")
     add("--draw", metavar="DIR|FILE", help="write the pictures (or the film) with boxes")
     add("--json", metavar="FILE", help="write all detections")
-    add("--export", metavar="FILE", help="write the network for torch.export.load")
+    add(
+        "--export",
+        metavar="FILE",
+        help="the detector as one file, .onnx or .pt2 (torch.export)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     machine.check_device(args.device)
@@ -228,10 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.checkpoint = next((str(p) for p in DEFAULTS if p.exists()), None)
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
-    for file in filter(None, (args.json, args.export)):  # fail now, not after all pictures
-        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
-        if Path(file).is_dir():
-            raise ValueError(f"{file}: a folder; expected the name of a file to write")
+    for file in (args.json, args.export):  # fail now, not after all pictures
+        check_file(file, args.checkpoint, *args.pictures)
     return args
 
 
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         export(model, args.export)
         size = model.config.size
-        print(f"exported: {args.export}, pixels (N,3,{size},{size}) -> boxes, probabilities")
+        print(f"exported: {args.export}, pixels (N,3,{size},{size}) -> boxes, scores, labels")
     if args.pictures == ["-"]:
         return detect_film(model, args)
     return detect_pictures(model, args) if args.pictures else 0

@@ -34,7 +34,7 @@ from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
 from plumbing.halves import spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
-from plumbing.program import Progress, check_range, run_program
+from plumbing.program import Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 # ----------------------------------------------------------------------------- running a detector
@@ -85,7 +85,7 @@ def run_detector(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
         # On a CPU several batches run at once, each on its own core; the results keep their order.
-        for some in spread(run, batches, 1 if device.type == "cuda" else torch.get_num_threads()):
+        for some in spread(run, batches, torch.get_num_threads() if device.type == "cpu" else 1):
             found += some
             if what:
                 progress(len(found))
@@ -310,7 +310,7 @@ def check_shared(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", help="file that train.py wrote: network, classes, weights")
@@ -325,10 +325,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_shared(args)
     check_range(args, "min_score", 0, 1)
-    for file in filter(None, (args.json, args.results)):  # fail now, not after the evaluation
-        Path(file).resolve().parent.mkdir(parents=True, exist_ok=True)
-        if Path(file).is_dir():
-            raise ValueError(f"{file}: a folder; expected the name of a file to write")
+    for file in (args.json, args.results):  # fail now, not after the evaluation
+        check_file(file, args.checkpoint)
     return args
 
 

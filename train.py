@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
+from experiments import page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
@@ -81,7 +81,7 @@ LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # one row per step: 
 def make_parser() -> argparse.ArgumentParser:
     """All flags. A flag without a default here takes the recipe's."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
+        description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # fmt: off
@@ -128,6 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP during training")
     add("--skip-nonfinite", action="store_true", help="do not stop at a NaN: skip such steps")
+    add("--page", action="store_true", help="at the end, the detector as a page: OUT/page.html")
     # fmt: on
     return parser
 
@@ -171,6 +172,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
         if getattr(args, root):  # absolute, so that eval.py finds it from any folder
             setattr(args, root, str(Path(getattr(args, root)).absolute()))
+    if args.classes not in (None, "auto"):
+        args.classes = str(Path(args.classes).absolute())
     # The linear rule (Goyal et al. 2017): twice the batch size, twice the rate, half the steps.
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
@@ -340,7 +343,7 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     ranks of DistributedDataParallel. Its parameters are the model's."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
-    if world == 1 and not args.compile and not model.priors_cxcywh.is_cuda:
+    if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
         return in_threads(model, plan.micro_batch(args, world))
     network = model
     if world > 1:
@@ -399,6 +402,8 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+    if args.page:
+        page.describe(model)  # a network that the page cannot run is refused now
     costs = plan.check(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
     about = run_folder.describe(args, model.config, machine.processor(device), world)
@@ -446,11 +451,11 @@ def main(argv: list[str] | None = None) -> dict:
             # Several ranks must stop after the same step: the one at which all fetch "stop".
             if saves or (stop.number and world == 1):
                 log.flush()
+            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+                log.measured(step, lambda: measure(model, test, args, rank, world))
             if lead and (saves or log.stopping):
                 log.save(step + 1, model, optimizer, images=len(train))
                 evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
-            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: measure(model, test, args, rank, world))
             if log.stopping and not last:
                 say(f"stopped after {step + 1} steps; the same command with --resume goes on")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
@@ -462,6 +467,9 @@ def main(argv: list[str] | None = None) -> dict:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(evaluation.results_text(results))
         report.write([out], out / "report.html")
+        if args.page:
+            shown = () if args.data == "shapes" else test[: page.PICTURES]
+            page.write_page(out / "last.pt", out / "page.html", shown)
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
     machine.end_ranks()

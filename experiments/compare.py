@@ -223,7 +223,8 @@ def measure(runs: list[str], args: argparse.Namespace) -> tuple[list, tuple, lis
 def main(argv: list[str] | None = None) -> dict[str, Array]:
     """Measure, resample, print, write the page; -> the measures, as of `bootstrap`."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folders of train.py, or checkpoints"

@@ -22,7 +22,7 @@ ARCHITECTURES = ("80", "90")  # A100, H100 and H200
 KERNEL = re.compile(
     r"\d([a-z]+_kernel)(?:I(\w+?)EEv)?"
 )  # in a mangled name, with template arguments
-TYPES = {"f": "float", "Lb0": "false", "Lb1": "true"}
+TYPES = {"f": "float", "d": "double", "Lb0": "false", "Lb1": "true"}
 
 
 def kernel_name(mangled):

@@ -191,7 +191,7 @@ def largest_difference(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.convert",
-        description=__doc__.split("\n\n")[0])  # fmt: skip
+        description=(__doc__ or "").split("\n\n")[0])  # fmt: skip
     parser.add_argument("--to", choices=list(WRITERS), required=True, help="the format to write")
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     add_data_flags(parser.add_argument_group("data (no root given: drawn shapes)"))

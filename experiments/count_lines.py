@@ -80,7 +80,7 @@ def table(files: dict[str, Path]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="default: the lesson")
     args = parser.parse_args(argv)
     if args.files:

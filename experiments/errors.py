@@ -575,7 +575,8 @@ def detect_in(run: str, args: argparse.Namespace, data: tuple | None = None):
 def main(argv: list[str] | None = None) -> dict:
     """Detect, judge, print, write; -> what `analyse` says."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="a folder of train.py, or a checkpoint")
     parser.add_argument("--suspects", type=int, default=0, metavar="N",

@@ -79,7 +79,8 @@ def median_ms(functions: list, rounds: int) -> list[float]:
 def main(argv: list[str] | None = None) -> float | None:
     """Print the table; -> the ratio of the forward pass in training, None without torchvision."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=21, help="with background")

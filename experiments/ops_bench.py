@@ -332,7 +332,7 @@ def write_page(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer inputs; the page stays")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)

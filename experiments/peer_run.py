@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> dict:
     from torchvision.models.detection import ssd300_vgg16
 
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--voc-root", metavar="DIR", required=True)

@@ -590,7 +590,7 @@ def write_budget(path: Path, folders: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--out", help="the page; default report.html. With --figures the folder")
     parser.add_argument("--figures", action="store_true", help="draw docs/figures instead")

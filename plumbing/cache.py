@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import BadData, Record, decode_pixels, open_record
+from plumbing.machine import free_space
 from plumbing.program import Progress
 
 try:
@@ -78,8 +78,8 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
         if is_fresh():
             return path
         part.unlink(missing_ok=True)  # of a process that was killed: free its space
-        disk, _, free = shutil.disk_usage(folder)
-        if disk and free < total + (64 << 20):  # some file systems report 0 of 0: unknown
+        free = free_space(folder)
+        if free < total + (64 << 20):
             raise ValueError(
                 f"--cache {folder}: {total / 1e9:.1f} GB needed for {len(records)} decoded images, "
                 f"{free / 1e9:.1f} GB free; name another folder, or leave --cache out"

@@ -7,8 +7,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,11 +21,16 @@ from torch.distributed.rendezvous import rendezvous
 
 def check_device(name: str) -> None:
     """ValueError unless `name` is a device of this machine."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:1")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or mps")
     there = torch.cuda.device_count()
-    if name != "cpu" and int(name.partition(":")[2] or 0) >= there:
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= there:
         raise ValueError(f"--device {name}: torch {torch.__version__} sees {there} GPUs here")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"--device mps: torch {torch.__version__} sees no Apple GPU here")
+        print("--device mps: nobody has run this code on an Apple GPU yet; its ops run there as "
+              "plain PyTorch. Compare with --device cpu", file=sys.stderr)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ what it is
@@ -45,6 +52,8 @@ def processor(device: torch.device | str) -> str:
     """The GPU's name, or the CPU's and how many of its threads are used."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return f"Apple GPU of {platform.machine()}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
@@ -61,6 +70,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 natively: elsewhere it works, but slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     with contextlib.suppress(OSError):
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     return False
@@ -74,7 +85,16 @@ def keep_large_tensors() -> None:
         libc.mallopt(-1, -1 & 0x7FFFFFFF)  # M_TRIM_THRESHOLD
 
 
-# ------------------------------------------------------------------------------ its memory
+# ------------------------------------------------------------------------------ its room
+
+
+def free_space(folder: Path) -> float:
+    """Bytes that may still be written there; infinity where the file system does not say."""
+    try:
+        total, _, free = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return free if total else math.inf  # 0 of 0: unknown, or without a limit
 
 
 def free_memory(device: torch.device) -> float:
@@ -159,6 +179,8 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
             "sets all three. For one process: unset RANK WORLD_SIZE LOCAL_RANK"
         )
     rank, world = int(rank), int(world)
+    if not rank < world:
+        raise ValueError(f"RANK={rank} WORLD_SIZE={world} in the environment: ranks count from 0")
     device = torch.device(args.device)
     if device.type == "cuda":
         local = int(env("LOCAL_RANK", 0)) if world > 1 else device.index or 0
@@ -168,6 +190,8 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
             print(f"rank {rank} waits for the others of WORLD_SIZE={world} at {address}; for one "
                   "process: unset RANK WORLD_SIZE", file=sys.stderr)  # fmt: skip
+        # pytorch 157862: 1x1 weights in channels_last make DDP warn, and nothing is slower for it
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
     return rank, world, device
 

@@ -27,6 +27,13 @@ def letters(size: int):
         return ImageFont.load_default()
 
 
+def printable(text: str, font) -> str:
+    """The text, with ? for what an old font without TrueType has not."""
+    if isinstance(font, ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
 def draw_boxes(
     image: Image.Image, boxes_xyxy: np.ndarray, labels: np.ndarray, scores: np.ndarray | None,
     classes: Sequence[str],
@@ -42,6 +49,7 @@ def draw_boxes(
     font, truth = letters(size), scores is None
     boxes_xyxy = np.asarray(boxes_xyxy, float).reshape(-1, 4)
     order = range(len(labels)) if truth else np.argsort(scores)  # the best comes on top
+    classes = [printable(name, font) for name in classes]
     texts = [classes[label - 1] + ("" if truth else f" {scores[i]:.2f}")
              for i, label in enumerate(labels)]  # fmt: skip
     widths = [pen.textlength(text, font=font) + 4 for text in texts]

@@ -5,7 +5,6 @@ Where something does not fit, the error names the flag that helps.
 
 import itertools
 import os
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plumbing.machine import free_memory
+from plumbing.machine import free_memory, free_space
 from plumbing.program import check_range
 from plumbing.workers import PREFETCH
 
@@ -180,8 +179,8 @@ def check_space(model: nn.Module, args: Namespace) -> float:
     size = sum(p.numel() * p.element_size() for p in model.parameters()) * 2
     missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
     needed = size * len(missing)
-    total, _, free = shutil.disk_usage(existing)
-    if total and needed > free:  # some file systems report 0 of 0: unknown
+    free = free_space(existing)
+    if needed > free:
         raise ValueError(
             f"--out {out}: its checkpoints need {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB "
             "are free. Free some space, or choose another --out"
@@ -196,8 +195,8 @@ def check_shared_memory(micro: int, args: Namespace) -> None:
         return
     ahead = 2 if args.device.startswith("cuda") else PREFETCH
     each = ahead * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
-    needed, (total, _, free) = args.workers * each, shutil.disk_usage(shm)
-    if total and needed > free:  # a total of 0: no limit, or unknown
+    needed, free = args.workers * each, free_space(shm)
+    if needed > free:
         raise ValueError(
             f"--workers {args.workers}: their batches need up to {needed / 1e9:.3f} GB of "
             f"/dev/shm, {free / 1e9:.3f} GB are free. Use --workers {int(free // each)}, or give "

@@ -5,11 +5,13 @@ import errno
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -20,9 +22,11 @@ def run_program(main: Callable[[], object]) -> None:
     That is what `main` returns, or 0; 2 after an error, which is printed in one line; 130 after
     Ctrl-C. Characters that the console cannot print appear as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # the streams of notebooks and tests do not have it
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the program that started this one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # notebooks replace them
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
@@ -45,9 +49,29 @@ def run_program(main: Callable[[], object]) -> None:
 
 
 def silence_output() -> None:
-    """Discards whatever is still printed, so that printing does not fail: its reader has gone."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Where nobody reads standard output or error any more, what is printed goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            fd = stream.fileno()
+            try:
+                stream.flush()
+                gone = stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd)  # a closed terminal
+            except OSError:
+                gone = True
+            if gone:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def check_file(path: str | None, *inputs: str | Path) -> None:
+    """Makes the folder of a file to be written; ValueError for a folder, or for an input's name."""
+    if path is None:
+        return
+    file = Path(path).resolve()
+    if not path or file.is_dir():
+        raise ValueError(f"{path or repr(path)}: a folder; expected the name of a file to write")
+    if any(file == Path(name).resolve() for name in inputs):
+        raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
+    file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:

@@ -220,17 +220,23 @@ class RunLog:
             if self.file:
                 self.file.write(json.dumps(line) + "\n")
         self.pending = []
+        if self.stopping:
+            silence_output()  # where the terminal is gone, printing would fail
         if self.progress:
             text = (
                 f"loss {line['loss']:.3f} (loc {line['loc']:.3f} conf {line['conf']:.3f})  "
                 f"{line['positives']:.1f} positives/image  gradient {line['grad_norm']:.2f}  "
                 f"lr {line['lr']:.2g}  {rate:.1f} images/s"
             )
-            try:
-                self.progress(line["step"] + 1, text, share=share)
-            except BrokenPipeError:  # the terminal was closed
-                silence_output()
-                self.stopping = True
+            self.say(self.progress, line["step"] + 1, text, share=share)
+
+    def say(self, function: Callable, *args, **kwargs) -> None:
+        """Prints. If the terminal is gone, the run is saved and ends."""
+        try:
+            function(*args, **kwargs)
+        except OSError:  # a closed pipe, or the terminal of a connection that broke
+            silence_output()
+            self.stopping = True
 
     def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
         """Writes last.pt after `step` steps; at the end also the results, and results.json."""
@@ -250,7 +256,7 @@ class RunLog:
             numbers = {k: v for k, v in results.items() if k.startswith("mAP")}
             numbers["cpu_minutes"] = results["cpu_minutes"]
             self.file.write(json.dumps({"step": step} | numbers) + "\n")
-            print(f"\nmAP {results['mAP'] or 0:.4f} after {step + 1} steps")
+            self.say(print, f"\nmAP {results['mAP'] or 0:.4f} after {step + 1} steps", flush=True)
 
     def report_nonfinite(self, line: dict, images: list[str]) -> None:
         """At a NaN or Inf: writes nonfinite.json, then stops the run, or reports and goes on."""
@@ -271,7 +277,7 @@ class RunLog:
                 f"listed in {kept}; last.pt, if there is one yet, is the checkpoint before it. Try "
                 "a smaller --lr (without BN in the backbone 0.001), a --warmup, or --skip-nonfinite"
             )
-        print(f"\nskipped, not finite: {what}", file=sys.stderr)
+        self.say(print, f"\nskipped, not finite: {what}", file=sys.stderr)
 
     def close(self) -> None:
         if self.file:

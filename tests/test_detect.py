@@ -15,8 +15,9 @@ from test_eval import CLASSES, Oracle, narrow, write_checkpoint
 
 import detect
 import eval as evaluation
-from ops.reference import decode, normalise
-from plumbing import pictures
+import scratchdet
+from ops.reference import nms, normalise
+from plumbing import export, pictures
 from plumbing.files import decode_pixels, open_record
 from plumbing.frames import split_jpegs
 from plumbing.shapes import draw_shapes
@@ -294,10 +295,58 @@ def test_detects_in_a_film(checkpoint, records, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------ elsewhere
 
 
+def exportable(backbone="resnet18", **config) -> torch.nn.Module:
+    """Random, but with boxes near their priors and scores of all sizes: NMS has much to do."""
+    model = narrow(backbone=backbone, classes=CLASSES, **config)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0  # the statistics become those of the next batch
+        model.train()(torch.randn(4, 3, model.config.size, model.config.size, generator=rng) * 50)
+    return model.eval()
+
+
+def ours(model, pixels) -> list[np.ndarray]:
+    config = model.config
+    with torch.no_grad():
+        loc, logits = model(normalise(pixels, config.mean, config.std, config.channels))
+    return [x.numpy() for x in scratchdet.detect(loc, logits, model.priors_cxcywh)]
+
+
+def differences(got, wanted) -> int:
+    """How many of `ours` are not among the (boxes, scores, labels), in whatever order: scores that
+    are equal but for rounding may change places."""
+    assert [x.shape for x in got] == [x.shape for x in wanted[:3]]
+    missing = 0
+    for boxes, scores, labels, boxes0, scores0, labels0, count in zip(*got, *wanted, strict=True):
+        assert (scores[:-1] >= scores[1:]).all()
+        assert (scores > 0).sum() == (labels > 0).sum() == count
+        same = labels0[:count, None] == labels[None]
+        same &= np.abs(scores0[:count, None] - scores[None]) < 1e-5
+        same &= (np.abs(boxes0[:count, None] - boxes[None]) < 1e-4).all(axis=-1)
+        missing += int((~same.any(axis=1)).sum())
+    return missing
+
+
+def test_the_exported_nms_is_ours(rng):
+    """Chains of boxes of which each beats the next, equal scores, boxes that are not finite."""
+    centre = torch.rand(6, 60, 1, generator=rng) * 3
+    boxes = torch.cat([centre, centre * 0.1, centre + 1, centre * 0.1 + 1], dim=-1)
+    scores = (torch.rand(6, 60, generator=rng) * 20).round().div(20).sort(descending=True).values
+    keep = export.surviving(boxes, scores)
+    for i in range(6):
+        wanted = nms(boxes[i], scores[i], torch.zeros(60, dtype=torch.int64), export.IOU)
+        assert keep[i].tolist() == (wanted & (scores[i] > export.SCORE)).tolist()
+        assert 1 < wanted.sum() < 40
+
+
 @pytest.mark.slow
-def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
-    exported = tmp_path / "detector.pt2"
-    detect.main(["--checkpoint", checkpoint, "--export", str(exported)])
+def test_export_runs_without_this_code(tmp_path, capsys):
+    """torch.export: boxes, scores and labels of any batch, and no file of ours imported."""
+    model, exported = exportable(), tmp_path / "detector.pt2"
+    checkpoint = write_checkpoint(tmp_path / "last.pt", model)
+    detect.main(["--checkpoint", checkpoint, "--export", str(exported), "--device", "cpu"])
     assert "exported" in capsys.readouterr().out
     pixels = torch.rand(3, 3, 300, 300) * 255
     torch.save(pixels, tmp_path / "pixels.pt")
@@ -305,17 +354,63 @@ def test_export_runs_without_this_code(checkpoint, tmp_path, capsys):
         "import sys, json, torch\n"
         "extra = {'classes.json': ''}\n"
         "net = torch.export.load('detector.pt2', extra_files=extra).module()\n"
-        "boxes, scores = net(torch.load('pixels.pt'))\n"
-        "torch.save((boxes, scores, json.loads(extra['classes.json'])), 'answer.pt')\n"
-        "assert not {'scratchdet', 'ops', 'eval', 'data'} & set(sys.modules)\n"
+        "pixels = torch.load('pixels.pt')\n"
+        "with torch.no_grad(): answer = [net(pixels), net(pixels[:1])]\n"
+        "torch.save((answer, json.loads(extra['classes.json'])), 'answer.pt')\n"
+        "assert not {'scratchdet', 'ops', 'eval', 'data', 'plumbing'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
-    boxes, scores, names = torch.load(tmp_path / "answer.pt")
+    answers, names = torch.load(tmp_path / "answer.pt")
     assert names == ["background", *CLASSES]
-    model = narrow(classes=CLASSES)
-    with torch.no_grad():
-        config = model.config
-        loc, logits = model(normalise(pixels, config.mean, config.std, config.channels))
-    torch.testing.assert_close(scores, logits.softmax(-1), atol=1e-5, rtol=1e-4)
-    expected = decode(loc, model.priors_cxcywh)
-    torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=1e-4)
+    for got in answers:
+        wanted = ours(model, pixels[: len(got[0])])
+        assert wanted[3].min() == 200
+        assert differences([x.numpy() for x in got], wanted) == 0
+
+
+def test_onnx_names_the_packages_that_it_needs(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="net.ONNX: ONNX needs more: pip install onnx onnxscript"):
+        detect.main(["--checkpoint", checkpoint, "--export", str(tmp_path / "net.ONNX")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_onnx_equals_ours_on_50_pictures(tmp_path, capsys):
+    """In onnxruntime, on drawn shapes: one node of NMS, batches of 1 and of 7."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    root = draw_shapes(tmp_path / "shapes", num_train=1, num_test=50)
+    pixels = [np.asarray(Image.open(r.path).resize((300, 300)), np.float32).transpose(2, 0, 1)
+              for r in read_voc(root, ["2007:test"], CLASSES)[0]]  # fmt: skip
+    model, path = exportable(), tmp_path / "net.onnx"
+    export.export(model, path)
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert nodes.count("NonMaxSuppression") == 1
+    session = onnxruntime.InferenceSession(path)
+    names = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+    assert names == ["background", *CLASSES]
+    different = total = 0
+    for start in range(0, 50, 7):
+        batch = np.stack(pixels[start : start + 7])
+        wanted = ours(model, torch.from_numpy(batch))
+        total += int(wanted[3].sum())
+        different += differences(session.run(None, {"pixels": batch}), wanted)
+    with capsys.disabled():
+        print(f" [{different} of {total} detections differ]", end="")
+    assert total > 5000
+    assert different <= total // 200  # rounding may decide an IoU the other way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", list(scratchdet.BODIES))
+def test_every_network_becomes_onnx(backbone, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    size = {"scratchdet512": 512, "ssd512": 512}.get(backbone, 300)
+    model, path = exportable(backbone, width=0.01, size=size), tmp_path / "net.onnx"
+    export.export(model, path)
+    pixels = torch.rand(2, 3, size, size) * 255
+    wanted = ours(model, pixels)
+    got = onnxruntime.InferenceSession(path).run(None, {"pixels": pixels.numpy()})
+    assert differences(got, wanted) <= wanted[3].sum() // 100
