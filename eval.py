@@ -257,6 +257,7 @@ def open_test_set(
             f"{args.data}, {' '.join(sets)}"
         )
     annotated = not any(submission_of)  # the servers' test sets come without annotations
+    # The labels of these records follow the network's classes, whatever the order of the data's.
     records, _ = sources.open_data(args, sets, tuple(classes), annotated=annotated)
     return records[:first]
 
@@ -348,7 +349,8 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_and_describe(args)
     classes = model.config.classes
     records = open_test_set(args, checkpoint, classes)
-    # A test set without annotations cannot be measured here, but its detections can be written.
+    # A test set without annotations cannot be measured here, but its detections can be written, and
+    # the server measures them.
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)
     if args.json and not annotated:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
