@@ -105,7 +105,7 @@ def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: fl
 
 
 def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: float) -> float:
-    """Times `one_step`, at least 3 times and `at_least` so many seconds.
+    """Runs `one_step` 3 times or more, for `at_least` seconds -> mean seconds of a step.
 
     Afterwards the `states` (modules, optimizer) are as before. Fetching the result of a step waits
     for the device.
