@@ -253,7 +253,7 @@ def open_test_set(
     submission_of = vars(args).get("comp4"), vars(args).get("results")
     if submission_of[0] and (args.data == "coco" or len(sets) > 1):
         raise ValueError(
-            "--comp4 writes the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
+            "--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
             f"{args.data}, {' '.join(sets)}"
         )
     annotated = not any(submission_of)  # the servers' test sets come without annotations
