@@ -149,7 +149,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
             # Two folders may hold pictures of one name, which must not overwrite each other.
             twice = sum(p.name == path.name for p in pictures) > 1
             drawn = folder / (f"{path.parent.name}_{path.name}" if twice else path.name)
-            # Pillow reads some formats that it cannot write: those become JPEG.
+            # A name whose suffix Pillow does not know becomes a JPEG.
             draw_boxes(image, boxes, labels, scores, classes).save(
                 drawn if drawn.suffix.lower() in Image.registered_extensions() else f"{drawn}.jpg"
             )
