@@ -1,6 +1,6 @@
 """What one core feeds: our input pipeline beside the recipe of ssd.pytorch, on the same images.
 
-    python data.py --bench        (OMP_NUM_THREADS=1 keeps one core's work on one core)
+    python -m experiments.data_bench   (OMP_NUM_THREADS=1 keeps one core's work on one core)
 
 CPU time of this process, not wall time, so that other work on the machine matters little; the
 contestants take turns of eight images, and each has its median over the rounds. The pictures are
@@ -128,12 +128,12 @@ def main(count: int = 48, rounds: int = 7) -> int:
     config = SimpleNamespace(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0), channels="rgb")
     with tempfile.TemporaryDirectory() as folder:
         records = make_records(Path(folder), count)
-        plain = data.Dataset(records, SIZE)
-        cached = data.Dataset(records, SIZE, cache=Path(folder) / "cache")
+        plain = data.Dataset(records)
+        cached = data.Dataset(records, cache=Path(folder) / "cache")
 
         def ours(dataset, colour):
             def run(epoch, turn):
-                batch = dataset.__getitems__([(epoch, i) for i in turn])
+                batch = dataset.__getitems__([(epoch, i, SIZE) for i in turn])
                 return data.prepare(batch, config) if colour else batch
 
             return run

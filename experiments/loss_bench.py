@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import ops
-from machine import hardware
+from plumbing.machine import hardware
 from scratchdet import Config, cxcywh_to_xyxy, make_priors, multibox_loss
 
 try:
@@ -79,7 +79,8 @@ def median_ms(functions: list, rounds: int) -> list[float]:
 def main(argv: list[str] | None = None) -> float | None:
     """Print the table; -> the ratio of the forward pass in training, None without torchvision."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=21, help="with background")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-import machine
 import ops
 from ops import ladder, reference
+from plumbing import machine
 from scratchdet import Config, cxcywh_to_xyxy, make_priors
 
 from . import peers
@@ -332,7 +332,7 @@ def write_page(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer inputs; the page stays")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)

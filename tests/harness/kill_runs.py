@@ -1,10 +1,10 @@
 """Kill a training run with SIGKILL again and again, resume it, and compare with one left alone.
 
-    python tests/kill_runs.py [--kills 20] [--seed 0]
+    python tests/harness/kill_runs.py [--kills 20] [--seed 0]
 
 Half of the kills come at random moments, half inside the writing of a checkpoint: after some of its
 bytes, or before or after one of the system calls. The number of data workers changes every time.
-Prints where the kills struck; exits with 1 unless weights, momentum, averaged weights and every
+Prints where the kills struck; exits with 1 unless weights, momentum, and every
 line of the log are equal to the last bit.
 """
 
@@ -21,15 +21,16 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import torch  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
+from plumbing.checkpoint import read_checkpoint  # noqa: E402
+from plumbing.shapes import SHAPE_CLASSES, draw_shapes  # noqa: E402
 
 STEPS = 48
-PLACES_OF = {  # the calls of train.save: name in os, end of the last argument
+PLACES_OF = {  # the calls of write_checkpoint: name in os, end of the last argument
     "fsync": ("fsync", ""),
     "the link": ("link", "previous.tmp"),
     "the rename to previous.pt": ("replace", "previous.pt"),
@@ -129,7 +130,8 @@ def differences(a: Path, b: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -138,12 +140,12 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        root = data.draw_shapes(folder / "shapes", num_train=6, num_test=2)
-        (folder / "names.txt").write_text("\n".join(data.SHAPE_CLASSES))
+        root = draw_shapes(folder / "shapes", num_train=6, num_test=2)
+        (folder / "names.txt").write_text("\n".join(SHAPE_CLASSES))
         flags = ["--voc-root", str(root), "--classes", str(folder / "names.txt")]
         flags += ["--train-sets", "2007:train", "--eval-sets", "2007:test", "--augment", "ssd"]
         flags += ["--backbone", "resnet18", "--width", "0.01", "--batch-size", "2", "--lr", "0.01"]
-        flags += ["--iterations", str(STEPS), "--save-every", "2", "--ema", "0.9", "--no-bf16"]
+        flags += ["--iterations", str(STEPS), "--save-every", "2", "--no-bf16"]
         whole, killed = folder / "whole", folder / "killed"
 
         def run(out: Path, workers: int, prepare=None) -> int:
@@ -169,7 +171,7 @@ def main() -> int:
                 kill_at_random(child, killed / "log.jsonl", rng)
             died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
             struck[where if died else "ended before the kill"] += 1
-            restarts.append(train.load(kept)[1]["step"] if kept.exists() else 0)
+            restarts.append(read_checkpoint(kept)["step"] if kept.exists() else 0)
         finish(run(killed, 1), killed)
         for where, count in struck.most_common():
             print(f"{count:3} {where}")
