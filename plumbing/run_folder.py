@@ -31,6 +31,7 @@ from plumbing.program import Progress, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
+FILES += ("errors.json", "suspects.html")
 
 # A resumed run takes all arguments from its checkpoint but those of the machine; of the others
 # these may be given anew, because the data may have moved, or a bad step is to be left out.
