@@ -96,11 +96,12 @@ def run_detector(
 
 def evaluate(
     model: ScratchDet, records: list[Record], *, metric: str = "voc",
-    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1,
+    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1, keep: list | None = None,
 ) -> dict:  # fmt: skip
     """Runs the model over the records and measures it -> the dict of `summarise`.
 
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
+    `keep`, a list, receives the detections.
     """
     if world > 1:
         # Each rank has its own running statistics of BatchNorm: all must use those of rank 0.
@@ -116,6 +117,8 @@ def evaluate(
         found = [None] * len(records)  # back in the order of the records
         for r, part in enumerate(parts):
             found[r::world] = part
+    if keep is not None:
+        keep[:] = found
     return summarise(records, found, model.config.classes, metric)
 
 
