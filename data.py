@@ -115,9 +115,10 @@ def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.array(WHOLE)
     u = rng.random((4, len(MIN_IOUS) * TRIALS + 1))
     scale = 0.3 + 0.7 * u[0]
-    low, high = np.maximum(0.5, scale**2), np.minimum(2.0, scale**-2.0)
-    root = np.sqrt(low + (high - low) * u[1])  # of the aspect ratio
-    sides = np.stack([scale * root, scale / root], axis=1)  # (K, 2), both <= 1
+    # Clamped, not drawn anew: so many crops are exactly as wide or as high as the image.
+    aspect = (0.5 + 1.5 * u[1]).clip(scale**2, scale**-2.0)
+    sides = scale[:, None] * np.stack([aspect, 1 / aspect], axis=1) ** 0.5  # (K, 2)
+    sides = sides.clip(max=1.0)  # of rounding
     corner = u[2:].T * (1.0 - sides)
     crops = np.concatenate([corner, corner + sides], axis=1)  # (K, 4)
 

@@ -223,6 +223,11 @@ MUTANTS = [
     Mutant("crop constraint never enforced", "data.py",
            "success = iou >= MIN_IOUS[:, None]", "success = iou >= 0",
            "test_data.py", "crop"),
+    Mutant("aspect ratios drawn between their bounds, not clamped to them", "data.py",
+           "(0.5 + 1.5 * u[1]).clip(scale**2, scale**-2.0)",
+           "u[1] * (np.minimum(2, scale**-2.0) - np.maximum(0.5, scale**2))"
+           " + np.maximum(0.5, scale**2)",
+           "test_data.py", "crop"),
     Mutant("IoU .5 missing from the samplers", "data.py",
            "np.array([0.1, 0.3, 0.5, 0.7, 0.9])", "np.array([0.1, 0.3, 0.7, 0.7, 0.9])",
            "test_data.py", "crop"),
