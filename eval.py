@@ -33,6 +33,7 @@ import data
 import machine
 from metrics import Detections, coco_ap, report, summarise, voc_ap  # noqa: F401
 from ops.reference import decode
+from plumbing.halves import spread
 from records import Record
 from scratchdet import ScratchDet, detect, load, make_priors
 
@@ -92,15 +93,20 @@ def run_detector(
     """
     device, mode = model.priors_cxcywh.device, model.training
     progress, found = Progress(len(records), what), []
+
+    def run(batch: data.Batch) -> list[Detections]:
+        batch = data.to_device(batch, device)
+        loc, logits = model(data.prepare(batch, model.config))
+        sizes = [records[i].size for i in batch.indices.tolist()]
+        return to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
+
     model.eval()
     try:
-        for batch in data.ordered_batches(
+        batches = data.ordered_batches(
             records, model.config.size, batch_size=batch_size, workers=workers
-        ):
-            batch = data.to_device(batch, device)
-            loc, logits = model(data.prepare(batch, model.config))
-            sizes = [records[i].size for i in batch.indices.tolist()]
-            found += to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
+        )
+        for some in spread(run, batches, 1 if device.type == "cuda" else torch.get_num_threads()):
+            found += some
             if what:
                 progress(len(found))
     finally:

@@ -42,6 +42,7 @@ import eval as evaluation
 import machine
 import ops
 from experiments import report, step_bench, transfer
+from plumbing.halves import in_threads
 from scratchdet import Config, ScratchDet, add_config_flags, load, multibox_loss, summary
 
 # The recipes. `drops`: where the learning rate falls to a tenth, as a fraction of the iterations
@@ -390,11 +391,15 @@ def make_state(model: ScratchDet, args, checkpoint: dict | None) -> tuple:
 
 
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
-    """What a step calls: the model, as it is, compiled, or shared between ranks."""
+    """What a step calls: the model in threads, compiled, or shared between ranks."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     network = torch.compile(model) if args.compile else model
-    return nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    if world > 1:
+        return nn.parallel.DistributedDataParallel(network)
+    if args.compile or model.priors_cxcywh.is_cuda:
+        return network
+    return in_threads(model, micro_batch(args, world))
 
 
 # ------------------------------------------------------------------------------ a step

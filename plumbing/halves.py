@@ -1,0 +1,160 @@
+"""All cores of a CPU for one training step: each thread takes part of the batch.
+
+torch's own threads meet inside every operator. Where they sleep while they wait, two of them train
+a small network hardly faster than one; where they spin, any other process on the machine slows them
+down threefold. Here a thread takes its images through the whole network, alone inside each
+operator, and meets the others only where the images of a batch do: in BatchNorm, whose statistics
+are those of the whole batch. So a step computes what it would in one piece, up to rounding. Sums
+over the parts have a fixed order: as many threads give the same bits, however busy the machine is.
+
+    network = in_threads(model, 8)
+    loc, logits = network(images)          # each thread forward
+    loss(loc, logits).backward()           # each thread backward: gradients of `model`
+
+    for result in spread(function, items, 2):  # evaluation: whole items, results in their order
+"""
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ops
+from ops.jit import build
+
+
+def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
+    """Threads with so many of OpenMP's behind each, which OpenMP counts by thread."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
+
+
+class JointBatchNorm(nn.BatchNorm2d):
+    """An nn.BatchNorm2d of a replica, which sets `meeting`, `part`, `place` and `relu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.scratchdet.joint_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var,
+            self.meeting, self.part, self.place, self.relu, self.momentum, self.eps,
+        )  # fmt: skip
+
+
+def replica(model: nn.Module, part: int, meeting: int) -> nn.Module:
+    """The same network on the same memory, but for gradients."""
+    twin = copy.deepcopy(model)
+    pairs = [*zip(twin.parameters(), model.parameters(), strict=True)]
+    for ours, theirs in pairs + [*zip(twin.buffers(), model.buffers(), strict=True)]:
+        ours.data, ours.grad = theirs.data, None
+    for place, module in enumerate(twin.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__, module.relu = JointBatchNorm, False
+            module.meeting, module.part, module.place = meeting, part, place
+    for module in twin.modules():
+        if isinstance(module, nn.Sequential):
+            for i in range(1, len(module)):
+                if isinstance(module[i], nn.ReLU) and isinstance(module[i - 1], JointBatchNorm):
+                    module[i - 1].relu, module[i] = True, nn.Identity()
+    return twin
+
+
+class Step(torch.autograd.Function):
+    """All parts forward, later all parts backward: -> the outputs of the whole batch."""
+
+    @staticmethod
+    def forward(ctx, halves: "Halves", images: Tensor, _: Tensor):
+        enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+        def forward(twin: nn.Module, part: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=enabled):
+                return twin(part)
+
+        parts = images.tensor_split(len(halves.twins))
+        ctx.halves, ctx.outputs = halves, halves.run(forward, halves.twins, parts)
+        for name, count in halves.model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                count += 1
+        return tuple(torch.cat([x.detach() for x in xs]) for xs in zip(*ctx.outputs, strict=True))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        sizes = [len(outputs[0]) for outputs in ctx.outputs]
+        gradients = zip(*(g.split(sizes) for g in gradients), strict=True)
+        ctx.halves.run(torch.autograd.backward, ctx.outputs, gradients)
+        ctx.outputs = None
+        ctx.halves.collect()
+        return None, None, None
+
+
+class Halves(nn.Module):
+    """`model` for training by `parts` threads, with as many images at least in each batch."""
+
+    def __init__(self, model: nn.Module, parts: int, each: int = 1):
+        super().__init__()
+        build("halves", [Path(__file__).with_name("joint_norm.cpp")])
+        self.model, self.pool, self.ops = model, pool(parts, each), torch.ops.scratchdet
+        self.meeting = self.ops.meeting(parts)
+        self.twins = [replica(model, part, self.meeting) for part in range(parts)]
+        self.anchor = torch.zeros(0, requires_grad=True)  # so that Step has a gradient
+
+    def __del__(self):
+        if "meeting" in self.__dict__:
+            self.ops.meeting_end(self.meeting)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return Step.apply(self, images, self.anchor)
+
+    def run(self, function: Callable, *parts: Iterable) -> list:
+        """function(...) of all parts at once. Where one fails, none waits for it."""
+
+        def work(*part):
+            try:
+                return function(*part)
+            except BaseException:
+                self.ops.meeting_abort(self.meeting)
+                raise
+
+        self.ops.meeting_start(self.meeting)
+        futures = [self.pool.submit(work, *part) for part in zip(*parts, strict=True)]
+        wait(futures)
+        errors = [error for future in futures if (error := future.exception())]
+        for error in sorted(errors, key=lambda error: "another part of the batch" in str(error)):
+            raise error
+        return [future.result() for future in futures]
+
+    def collect(self) -> None:
+        """Adds the gradients of the parts, in their order, to those of the model."""
+        models = (self.model, *self.twins)
+        for parameter, *twins in zip(*(m.parameters() for m in models), strict=True):
+            for twin in twins:
+                if parameter.grad is None:
+                    parameter.grad = twin.grad
+                elif twin.grad is not None:
+                    parameter.grad += twin.grad
+                twin.grad = None
+
+
+def in_threads(model: nn.Module, images: int) -> nn.Module:
+    """`model` for training with batches of so many images by all threads of torch; itself where
+    nothing can be compiled."""
+    if not ops.COMPILED["cpu"]:
+        return model
+    parts = min(torch.get_num_threads(), images, 8)
+    return Halves(model, parts, torch.get_num_threads() // parts)
+
+
+def spread(function: Callable, items: Iterable, threads: int) -> Iterator:
+    """function(item) for each item, in their order, by so many threads. No gradients."""
+    if threads == 1:
+        yield from map(torch.no_grad()(function), items)
+        return
+    with pool(threads) as workers:
+        waiting = deque()
+        for item in items:
+            waiting.append(workers.submit(torch.no_grad()(function), item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

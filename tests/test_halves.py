@@ -1,0 +1,171 @@
+"""A step in several threads is the step in one piece."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import ops
+from plumbing.halves import Halves, in_threads, spread
+from scratchdet import Config, ScratchDet, multibox_loss
+
+pytestmark = pytest.mark.skipif(not ops.COMPILED["cpu"], reason="nothing is compiled here")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = ScratchDet(Config(backbone="resnet18", width=0.25, classes=("a", "b")))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # BatchNorm's: no 0 and 1
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.train()
+
+
+def step(model, network, images, *, bf16=False):
+    """-> loss, gradients, buffers of one step."""
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.8], [0.0, 0.0, 0.2, 0.2]])
+    offsets = torch.tensor([0, 2, 3] + [3] * (len(images) - 2))  # of two images alone
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loc, logits = network(images)
+    loc, logits = loc.to(images.dtype), logits.to(images.dtype)
+    labels = torch.tensor([1, 2, 1])
+    loss = sum(multibox_loss(loc, logits, model.priors_cxcywh, boxes, labels, offsets)[:2])
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    return loss.detach(), gradients, [b.clone() for b in model.buffers()]
+
+
+def distance(ours, theirs):
+    """Of two lists of tensors, as a share of their length."""
+    ours, theirs = (torch.cat([x.double().flatten() for x in xs]) for xs in (ours, theirs))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def in_parts(model, images, parts, **flags):
+    ours = copy.deepcopy(model)
+    return step(ours, Halves(ours, parts), images, **flags)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+def test_parts_of_a_batch_learn_what_the_whole_does(model, parts, memory):
+    """In doubles, where nothing but a mistake is larger than 1e-9 (the ops' float32 apart)."""
+    model = copy.deepcopy(model).double().to(memory_format=memory)
+    model.priors_cxcywh = model.priors_cxcywh.float()
+    images = torch.randn(5, 3, 300, 300, dtype=torch.double)
+    whole = copy.deepcopy(model)
+    loss, gradients, buffers = step(whole, whole, images)
+    ours = in_parts(model, images, parts)
+    assert float(ours[0]) == pytest.approx(float(loss), rel=1e-6)
+    assert distance(ours[1], gradients) < 1e-5
+    assert distance(ours[2], buffers) < 1e-12  # running statistics, and how often they were seen
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_parts_are_as_near_to_the_truth_as_torch_is(model, bf16):
+    images = torch.randn(4, 3, 300, 300)
+    exact, whole = copy.deepcopy(model).double(), copy.deepcopy(model)
+    exact.priors_cxcywh = exact.priors_cxcywh.float()
+    truth = step(exact, exact, images.double())
+    theirs, ours = step(whole, whole, images, bf16=bf16), in_parts(model, images, 2, bf16=bf16)
+    for i in (1, 2):
+        assert distance(ours[i], truth[i]) < 1.5 * distance(theirs[i], truth[i])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_same_bits_whatever_else_runs(model, bf16):
+    images, over = torch.randn(3, 3, 300, 300), threading.Event()
+    one = in_parts(model, images, 2, bf16=bf16)
+    busy = threading.Thread(target=lambda: [time.sleep(0) for _ in iter(over.is_set, True)])
+    busy.start()
+    other = in_parts(model, images, 2, bf16=bf16)
+    over.set()
+    busy.join()
+    for a, b in zip(one[1] + one[2], other[1] + other[2], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_add_up_over_micro_batches(model):
+    ours = copy.deepcopy(model)
+    network = Halves(ours, 2)
+    parts = torch.randn(4, 3, 300, 300).split(2)
+    first = [g.clone() for g in step(ours, network, parts[0])[1]]
+    second = [g.clone() for g in step(ours, network, parts[1])[1]]
+    ours.zero_grad()
+    alone = step(ours, network, parts[1])[1]
+    assert distance(second, [a + b for a, b in zip(first, alone, strict=True)]) < 1e-6
+
+
+class Fails(nn.Module):
+    """At the image of sevens: in forward or backward."""
+
+    def __init__(self, model, when):
+        super().__init__()
+        self.inner, self.when = model, when
+
+    def forward(self, images):
+        outputs = self.inner(images)
+        if (images == 7).all():
+            if self.when == "forward":
+                raise KeyError("in one part")
+            outputs[0].register_hook(self.fail)
+        return outputs
+
+    def fail(self, gradient):
+        raise KeyError("in one part")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_an_exception_of_one_part_ends_the_step_and_not_the_next(model, when):
+    ours = Fails(copy.deepcopy(model), when)
+    network, images = Halves(ours, 2), torch.randn(2, 3, 300, 300)
+    with pytest.raises(KeyError, match="in one part"):
+        step(ours.inner, network, torch.stack([images[0], torch.full((3, 300, 300), 7.0)]))
+    assert torch.isfinite(step(ours.inner, network, images)[0])
+
+
+def test_parts_that_meet_at_different_layers_are_told_so(model):
+    ours = copy.deepcopy(model)
+    network = Halves(ours, 2)
+    network.twins[1].features.stem[0][1].place += 1
+    with pytest.raises(RuntimeError, match="at another layer"):
+        network(torch.randn(2, 3, 300, 300))
+
+
+def test_each_thread_computes_alone(model, monkeypatch):
+    ours, seen = copy.deepcopy(model), []
+    network = in_threads(ours, 4)
+    for twin in network.twins:
+        twin.register_forward_hook(
+            lambda *_: seen.append((threading.get_ident(), torch.get_num_threads()))
+        )
+    network(torch.randn(4, 3, 300, 300))
+    parts = min(torch.get_num_threads(), 4)
+    assert len(set(seen)) == len(seen) == parts
+    assert {threads for _, threads in seen} == {torch.get_num_threads() // parts}
+
+
+def test_spread_keeps_the_order_and_looks_ahead_a_little():
+    drawn = []
+
+    def items():
+        for i in range(20):
+            drawn.append(i)
+            yield i
+
+    def work(i):
+        assert torch.get_num_threads() == 1
+        assert not torch.is_grad_enabled()
+        time.sleep(0.01 if i % 3 else 0.03)
+        return i * i
+
+    results = spread(work, items(), 3)
+    assert next(results) == 0
+    assert len(drawn) <= 5
+    assert list(results) == [i * i for i in range(1, 20)]
+    with pytest.raises(ZeroDivisionError):
+        list(spread(lambda i: 1 / i, [1, 0, 1], 2))
