@@ -333,7 +333,8 @@ class Batch(NamedTuple):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """dataset[epoch, index] is one sample; all its randomness is that of (seed, epoch, index)."""
+    """dataset[epoch, index] or dataset[epoch, index, size] is one sample; all its randomness is
+    that of (seed, epoch, index)."""
 
     def __init__(
         self, records: list[Record], size: int, *, seed: int = 0, augment: str = "ssd",
@@ -346,8 +347,8 @@ class Dataset(torch.utils.data.Dataset):
         self.cache = None if cache is None else build_cache(records, cache)
         self.starts = cache_starts(records)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> tuple:
+        epoch, index, size = (*key, self.size)[:3]
         record = self.records[index]
         rng = np.random.default_rng((self.seed, epoch, index))
         boxes = (record.boxes_xyxy / np.array(record.size * 2)).clip(0.0, 1.0)
@@ -358,16 +359,16 @@ class Dataset(torch.utils.data.Dataset):
         if self.augment in ("ssd", "crop"):
             source = draw_source(boxes, labels, rng, expands=self.augment == "ssd")
             colour = draw_colour(rng)
-        source, part, inside, factor = snap(source, record.size, self.size)
+        source, part, inside, factor = snap(source, record.size, size)
         boxes, labels = project(boxes, labels, source)
         pixels = None
         if self.cache is not None:
             (w, h), start = record.size, self.starts[index]
             pixels = memory_map(self.cache)[start : start + w * h * 3].reshape(h, w, 3)
-        image = render(record, part, inside, factor, self.size, pixels)
+        image = render(record, part, inside, factor, size, pixels)
         if self.augment != "none" and rng.random() < 0.5:
             image, boxes = image.flip(-1), flip(boxes)
-            inside = [self.size - inside[2], inside[1], self.size - inside[0], inside[3]]
+            inside = [size - inside[2], inside[1], size - inside[0], inside[3]]
         return image, inside, colour, boxes, labels, index
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> "Batch | BadData":
@@ -437,8 +438,8 @@ def load(dataset: Dataset, order: Iterator, workers: int, pin: bool = False) -> 
 
 
 def batches(
-    records: list[Record], size: int, *, batch_size: int, seed: int, augment: str = "ssd",
-    start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
+    records: list[Record], size: int | Callable[[int], int], *, batch_size: int, seed: int,
+    augment: str = "ssd", start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
     keep_difficult: bool = True, cache: str | Path | None = None, pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
     """The endless stream of training batches, from `start_step` on.
@@ -446,7 +447,7 @@ def batches(
     Sample p of the stream is image permutation(seed, epoch)[p % len(records)] of epoch
     p // len(records). Batch s of rank r takes the samples (s * world + r) * batch_size and on: so
     batches straddle epochs, none is ever partial, any step can be resumed, and neither the number
-    of workers nor of ranks changes what is in the stream.
+    of workers nor of ranks changes what is in the stream. `size` may be a function of the step.
     """
     if not records:
         raise ValueError("no images to train on")
@@ -462,7 +463,8 @@ def batches(
         for step in itertools.count(start_step):
             first = (step * world + rank) * batch_size
             epochs = [divmod(p, len(records)) for p in range(first, first + batch_size)]
-            yield [(e, int(permutation(seed, e, len(records))[i])) for e, i in epochs]
+            now = size(step) if callable(size) else size
+            yield [(e, int(permutation(seed, e, len(records))[i]), now) for e, i in epochs]
 
     return load(dataset, order(), workers, pin)
 

@@ -372,18 +372,20 @@ def make_priors(
     config: Config,
     map_sizes: list[tuple[int, int]] | None = None,
     image_hw: tuple[int, int] | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """The default boxes: (P,4) cxcywh in units of the image, not clipped (Caffe PriorBox).
 
     `map_sizes` [(H, W)] default to those of a 300x300 image, `image_hw` to the config's input. In
-    any image the priors keep their sides and distances in pixels. Order in a cell: the small
-    square, the square of side sqrt(smallest * largest), then for each ratio the wide and the tall
-    one.
+    any image the priors keep their sides (times `scale`) and distances in pixels. Order in a
+    cell: the small square, the square of side sqrt(smallest * largest), then for each ratio the
+    wide and the tall one.
     """
     map_sizes = map_sizes or [(s, s) for s in MAPS_300]
     image_h, image_w = image_hw or (config.size, config.size)
     priors = []
     for (h, w), (small, large, step, ratios) in zip(map_sizes, PRIORS[config.priors], strict=False):
+        small, large = small * scale, large * scale
         sides = [(small, small), (math.sqrt(small * large),) * 2]  # (w, h) in pixels
         for ratio in ratios:
             root = math.sqrt(ratio)
@@ -532,12 +534,23 @@ class ScratchDet(nn.Module):
         if config.size == 300 and expected == MAPS_300 and len(priors) != 8732:
             raise ValueError(f"priors {config.priors!r}: {len(priors)} default boxes, not 8732")
         self.register_buffer("priors_cxcywh", priors, persistent=False)
+        self.priors_of_size: dict[int, Tensor] = {}
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """(H, W) of each map of such an image; on the meta device, so nothing is computed."""
         body = copy.deepcopy(self.features).to("meta").eval()
         maps = body(torch.empty(1, 3, height, width, device="meta"))
         return [tuple(m.shape[-2:]) for m in maps]
+
+    def priors_at(self, size: int) -> Tensor:
+        """The priors of square images of another size: as large a part of the image as ever."""
+        if size == self.config.size:
+            return self.priors_cxcywh
+        if size not in self.priors_of_size:
+            maps, scale = self.map_sizes(size, size), size / self.config.size
+            priors = make_priors(self.config, maps, (size, size), scale)
+            self.priors_of_size[size] = priors.to(self.priors_cxcywh.device)
+        return self.priors_of_size[size]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.head(self.features(images))  # (N, P, 4), (N, P, C)

@@ -26,14 +26,17 @@ import shutil
 import signal
 import sys
 import time
+from bisect import bisect
 from copy import deepcopy
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 # Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import numpy as np  # noqa: E402
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -71,7 +74,7 @@ RECIPES = {
 # did not help: drops for the line to zero, averaged weights, half the batch, less warm-up, other
 # widths (docs/results.md has the numbers).
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
-ON_CPU |= dict(save_every=500)
+ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))  # twice the images
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 # A resumed run takes these from its checkpoint, too, but may be given others: its data may have
 # moved, and where it stopped at a step that was not finite, it may leave that out.
@@ -90,10 +93,23 @@ def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
         raise ValueError("--drops: the schedule is a line to zero; they need --schedule steps")
     if not getattr(args, f"{args.data}_root"):
         raise ValueError(f"--data {args.data}: where is it? Expected --{args.data}-root DIR")
+    if args.sizes and args.sizes[-1] != (args.size, 1):
+        raise ValueError(
+            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
+            f"{args.size}:1 at the end, as --size says; --sizes alone stays at one size"
+        )
+    if args.sizes and not all(a[1] < b[1] for a, b in itertools.pairwise(((0, 0), *args.sizes))):
+        raise ValueError("--sizes: expected shares that grow to 1, such as 160:.45 300:1")
     if given.stem and args.backbone in ("vgg16", "dsod300", "ssd321"):
         raise ValueError(f"--stem: {args.backbone} has its own first layers. --stem is for ResNets")
     if args.data == "coco" and args.classes:
         raise ValueError(f"--classes {args.classes}: COCO's files list their own; leave it out")
+
+
+def size_and_share(text: str) -> tuple[int, float]:
+    """160:.45 of --sizes."""
+    size, share = text.split(":")
+    return int(size), float(share)
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
@@ -135,6 +151,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     add("--schedule", choices=["steps", "linear"], help="drops to a tenth, or a line to zero")
     add("--drops", type=float, nargs="*", help="where, as fractions of the run")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
+    add("--sizes", type=size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
+        help="grow: images of so many pixels until that share of the run's work is done")
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight-decay", type=float, default=5e-4, help="not on biases and the head's BN")
     add("--ema", type=float, default=0.0, help="decay of the averaged weights; 0: no averaging")
@@ -192,10 +210,29 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
 # ------------------------------------------------------------------------------ optimisation
 
 
+def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
+    """The image sizes of the run; until which share of its work, and of its steps, each is used.
+
+    Work is pixels: ((150, 0.5), (300, 1)) are four of five steps at 150 pixels.
+    """
+    sizes, work = zip(*(args.sizes or [(args.size, 1.0)]), strict=True)
+    steps = np.cumsum(np.diff(work, prepend=0) / np.square(sizes))
+    return sizes, work, steps / steps[-1]
+
+
+def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
+    """Before step 0, 1, ...: the share of the run's work that is done, and the next image size."""
+    sizes, work, steps = stages(args)
+    ends, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
+    i = min(bisect(ends, step), len(sizes)) - 1
+    of_stage = (step - ends[i]) / max(1.0, ends[i + 1] - ends[i])
+    return work[i] + (work[i + 1] - work[i]) * of_stage, sizes[i]
+
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero."""
-    done = step / args.iterations
-    warm = min(1.0, (step + 1) / max(1.0, args.warmup * args.iterations))
+    done, after = progress(step, args)[0], progress(step + 1, args)[0]
+    warm = min(1.0, after / max(1e-9, args.warmup))
     if args.schedule == "linear":
         return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
     return args.lr * warm * 0.1 ** sum(done >= drop for drop in args.drops)
@@ -309,7 +346,7 @@ def resolve(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     if not args.resume or not last.exists():
         return args, None
     checkpoint = load(last)[1]
-    saved = {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
+    saved = {"sizes": ()} | {k: v for k, v in checkpoint["args"].items() if k not in SYSTEM}
     args = parse_args(argv, **saved)
     for key, value in saved.items():
         now, changeable = getattr(args, key), key in CHANGEABLE and value is not None
@@ -381,6 +418,8 @@ def make_state(model: ScratchDet, args, checkpoint: dict | None) -> tuple:
     """(optimizer, averaged weights or None, step, steps skipped): new, or the checkpoint's."""
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    for parameter in model.parameters():  # small images lack the last maps, so no gradient makes it
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     ema = deepcopy(model.state_dict()) if args.ema else None
     if not checkpoint:
         return optimizer, ema, 0, 0
@@ -396,7 +435,8 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     network = torch.compile(model) if args.compile else model
     if world > 1:
-        return nn.parallel.DistributedDataParallel(network)
+        unused = bool(args.sizes)  # small images lack the last maps
+        return nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
     if args.compile or model.priors_cxcywh.is_cuda:
         return network
     return in_threads(model, micro_batch(args, world))
@@ -427,8 +467,9 @@ def forward_backward(network, model, batches, args, *, stop=(), mark=lambda part
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
             mark("forward")
             loss_loc, loss_conf, positives = multibox_loss(
-                loc, logits, model.priors_cxcywh, batch.boxes_xyxy, batch.labels, batch.offsets
-            )
+                loc, logits, model.priors_at(inputs.shape[-1]), batch.boxes_xyxy, batch.labels,
+                batch.offsets,
+            )  # fmt: skip
             mark("loss, matching")
             ((loss_loc + loss_conf) / args.accumulate).backward()
             mark("backward")
@@ -489,6 +530,8 @@ def plan(args, images: int, step_seconds: float | None, gib: float, gb: float, d
         f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
         f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
     )
+    if args.sizes:
+        text += ", images of " + ", ".join(f"{size}" for size, _ in args.sizes) + " px"
     if step_seconds:
         minutes = args.iterations * step_seconds / 60
         takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
@@ -592,9 +635,10 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer, ema, first, skipped = make_state(model, args, checkpoint)
     network = wrap(model.train(), args, world)
 
-    def stream(step: int, images: int):
+    def stream(step: int, images: int, size: int | None = None):
         return data.batches(
-            train, model.config.size, batch_size=images, seed=args.seed, augment=args.augment,
+            train, lambda micro_step: size or progress(micro_step // args.accumulate, args)[1],
+            batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.difficult, cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
@@ -619,7 +663,7 @@ def main(argv: list[str] | None = None) -> dict:
     where = machine.processor(device)
     say(f"commit {machine.commit()}, torch {torch.__version__}, {where}, {world} process(es)")
     if args.bench:
-        batches, images = stream(0, micro), micro * args.accumulate
+        batches, images = stream(0, micro, args.size), micro * args.accumulate
         parts = f"{world} process(es) x {args.accumulate} x {micro} images"
         say(f"{args.backbone}, width {args.width:g}: a step of {parts}, {args.workers} workers")
         return step_bench.report(lambda mark: trial(batches, mark), model, images, args.bf16, say)
@@ -633,9 +677,12 @@ def main(argv: list[str] | None = None) -> dict:
     if not checkpoint:
         # On a CPU an image costs the same in any batch: eight tell how long 128 take.
         probe = min(micro, 8) if device.type == "cpu" else micro
-        batches, at_least = stream(0, probe), 3 * (args.minutes or 0)
-        seconds = seconds_a_step(lambda: trial(batches), (model, optimizer), at_least)
-        step_seconds = seconds * micro / probe
+        sizes, _, ends = stages(args)
+        at_least, step_seconds = 3 * (args.minutes or 0) / len(sizes), 0.0
+        for size, share in zip(sizes, np.diff(ends, prepend=0), strict=True):
+            step = partial(trial, stream(0, probe, size))
+            seconds = seconds_a_step(step, (model, optimizer), at_least)
+            step_seconds += share * seconds * micro / probe
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / step_seconds))
     say(plan(args, len(train), step_seconds, gib, gb, device))
@@ -662,7 +709,9 @@ def main(argv: list[str] | None = None) -> dict:
             line, finite = write_log(log_file, pending, rows, rate, args)
             pending, stopping = [], stopping or any(row[4] > 0 for row in rows)
             if lead:
-                seconds_left = (args.iterations - step - 1) * args.batch_size / rate
+                done = progress(step + 1, args)[0]
+                spent = (time.perf_counter() - begin) / (done - progress(first, args)[0])
+                seconds_left = (1 - done) * spent
                 shown = show_progress(line, seconds_left, args.iterations, shown)
         if finite:
             update(optimizer, model, ema, step, args)

@@ -119,6 +119,34 @@ def test_images_that_are_trained_on_and_measured_are_said(shapes_root):
     assert said.endswith("to evaluate (3 of them trained on: no measure of new images)")
 
 
+def test_images_grow_and_the_rate_follows_the_work():
+    """450 of 1,000 steps' worth of work at 100 pixels are nine times as many steps as at 300."""
+    argv = ["--schedule", "linear", "--warmup", "0.1", "--lr", "1", "--iterations", "1000"]
+    args = train.parse_args([*argv, "--sizes", "100:.5", "300:1"])
+    assert [train.progress(s, args) for s in (0, 450, 899)] == [
+        (0, 100), (0.25, 100), (pytest.approx(0.5 * 899 / 900), 100)
+    ]  # fmt: skip
+    assert [train.progress(s, args)[1] for s in (900, 999)] == [300, 300]
+    assert train.progress(900, args)[0] == 0.5
+    assert train.progress(950, args)[0] == pytest.approx(0.75)
+    assert train.progress(1000, args)[0] == 1
+    rates = [train.learning_rate(s, args) for s in range(1000)]
+    assert rates.index(max(rates)) == 179  # a tenth of the work
+    assert rates[900] == pytest.approx(0.5 / 0.9)
+    assert rates[999] == pytest.approx(0.005 / 0.9)
+
+
+def test_priors_are_as_large_a_part_of_a_small_image():
+    model = ScratchDet(Config(backbone="resnet18", width=0.125))
+    whole, small = model.priors_at(300), model.priors_at(150)
+    assert torch.equal(whole, model.priors_cxcywh)
+    cells = [19, 10, 5, 3, 2]  # of 150 pixels; the sixth map has vanished
+    assert len(small) == sum(s * s * a for s, a in zip(cells, (4, 6, 6, 6, 4), strict=True))
+    assert torch.allclose(small[:4, 2:], whole[:4, 2:])  # sides of the first cell
+    assert torch.allclose(small[:4, :2], torch.tensor(4 / 150))  # 8 pixels from cell to cell
+    assert torch.allclose(small[-4:, 2:], whole[-8:-4, 2:])  # the fifth map's
+
+
 def test_linear_schedule_rises_and_falls_to_zero():
     argv = ["--schedule", "linear", "--warmup", "0.1", "--lr", "0.4", "--iterations", "100"]
     got = rates(argv, list(range(100)))
@@ -168,6 +196,8 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
         ("--minutes 0", "--minutes 0.0: expected 0.01 or more"),
         ("--minutes 9 --iterations 5", "--minutes and --iterations"),
         ("--recipe budget --drops 0.5", "--drops: the schedule is a line"),
+        ("--sizes 160:.5 224:1", "--sizes 160:0.5 224:1: expected 300:1 at the end"),
+        ("--sizes 160:.5 224:.4 300:1", "--sizes: expected shares that grow"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
         ("--data coco", "--data coco: where is it"),
         ("--backbone vgg16 --stem 3 1 1", "--stem: vgg16 has its own"),
@@ -362,6 +392,7 @@ def whole_run(shapes_root, tmp_path_factory) -> Path:
 
 def run_flags(root: Path, out: Path, *more) -> list[str]:
     flags = ["--batch-size", 4, "--iterations", 5, "--save-every", 2, "--ema", 0.5, "--lr", 0.02]
+    flags += ["--sizes", "160:.5", "300:1"]  # grows at the last step
     return voc_flags(root, *flags, "--out", out, *more)
 
 
@@ -773,7 +804,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     def poisoned(*args):
         loss_loc, loss_conf, positives = real(*args)
         calls.append(1)
-        return loss_loc * (float("nan") if len(calls) == 7 else 1), loss_conf, positives
+        return loss_loc * (float("nan") if len(calls) == 10 else 1), loss_conf, positives
 
     monkeypatch.setattr(train, "multibox_loss", poisoned)
     with pytest.raises(ValueError, match="not finite at step 3"):
