@@ -77,8 +77,9 @@ ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip",
 ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))  # twice the images
 SYSTEM = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "bench")
 # A resumed run takes these from its checkpoint, too, but may be given others: its data may have
-# moved, and where it stopped at a step that was not finite, it may leave that out.
-CHANGEABLE = ("voc_root", "coco_root", "shapes_root", "classes", "skip_nonfinite")
+# moved, the machine may be another, and where it stopped at a step that was not finite, it may
+# leave that out.
+CHANGEABLE = ("voc_root", "coco_root", "shapes_root", "classes", "skip_nonfinite", "bf16")
 
 
 def check_args(args: argparse.Namespace, given: argparse.Namespace) -> None:
