@@ -33,7 +33,7 @@ import data
 import machine
 from metrics import Detections, coco_ap, report, summarise, voc_ap  # noqa: F401
 from ops.reference import decode
-from plumbing.halves import spread
+from plumbing.halves import THREADS, spread
 from records import Record
 from scratchdet import ScratchDet, detect, load, make_priors
 
@@ -105,7 +105,7 @@ def run_detector(
         batches = data.ordered_batches(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
-        for some in spread(run, batches, 1 if device.type == "cuda" else torch.get_num_threads()):
+        for some in spread(run, batches, 1 if device.type == "cuda" else THREADS):
             found += some
             if what:
                 progress(len(found))

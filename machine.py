@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from data import PREFETCH
+from plumbing.halves import THREADS
 from scratchdet import ScratchDet
 
 # ------------------------------------------------------------------------------ what is asked of it
@@ -69,8 +70,7 @@ def processor(device: torch.device | str) -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {THREADS} thread{'s' if THREADS > 1 else ''}"
 
 
 def hardware(device: torch.device | str) -> str:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 import ops
 from ops.jit import build
 
+THREADS = torch.get_num_threads()  # all that torch would take
+
 
 def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
     """Threads with so many of OpenMP's behind each, which OpenMP counts by thread."""
@@ -120,7 +122,9 @@ class Halves(nn.Module):
         futures = [self.pool.submit(work, *part) for part in zip(*parts, strict=True)]
         wait(futures)
         errors = [error for future in futures if (error := future.exception())]
-        for error in sorted(errors, key=lambda error: "another part of the batch" in str(error)):
+        for error in sorted(
+            errors, key=lambda error: "another part of the batch failed" in str(error)
+        ):
             raise error
         return [future.result() for future in futures]
 
@@ -137,12 +141,13 @@ class Halves(nn.Module):
 
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
-    """`model` for training with batches of so many images by all threads of torch; itself where
-    nothing can be compiled."""
+    """`model` for training with batches of so many images by all threads; itself where nothing can
+    be compiled."""
     if not ops.COMPILED["cpu"]:
         return model
-    parts = min(torch.get_num_threads(), images, 8)
-    return Halves(model, parts, torch.get_num_threads() // parts)
+    torch.set_num_threads(1)  # waking others for what is left, loss and SGD, costs more than it
+    parts = min(THREADS, images, 8)
+    return Halves(model, parts, THREADS // parts)
 
 
 def spread(function: Callable, items: Iterable, threads: int) -> Iterator:

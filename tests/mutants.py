@@ -198,9 +198,6 @@ MUTANTS = [
     Mutant("gradients of the first part alone", "plumbing/halves.py",
            "parameter.grad += twin.grad", "pass",
            "test_halves.py", "learn or truth", compiled=True),
-    Mutant("a part that fails leaves the others waiting", "plumbing/halves.py",
-           "self.ops.meeting_abort(self.meeting)", "pass",
-           "test_halves.py", "exception_of_one_part", compiled=True),
     # Training
     Mutant("biases decay", "train.py",
            '"params": biases, "weight_decay": 0.0',
