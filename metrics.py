@@ -1,34 +1,30 @@
-"""The two metrics, VOC AP and COCO AP, in plain NumPy: no network, no torch.
+"""The two standard metrics, VOC AP and COCO AP, in plain NumPy: no network, no torch.
 
-    records, one Detections an image --> voc_ap | coco_ap --> summarise --> report
+    records, one Detections per image --> voc_ap | coco_ap --> summarise --> results_text
 
-Both sort all detections of all images once and then work on whole columns: a million detections
-take seconds. `python experiments/eval_bench.py` times them beside pycocotools.
+Read `average_precision` first: the metric as a textbook has it. What comes after it decides which
+detections are right: VOC's rules, then COCO's (skip those on a first reading). Both work on one
+table of all images, so a million detections take seconds (`python -m experiments.eval_bench`).
 
-Letters: D detections, G ground-truth boxes, K pairs of the two; of all images at once.
+Letters: D detections and G objects (ground-truth boxes) of all images together, C classes,
+N images, K pairs of a detection and an object.
 Boxes here are `_xyxy` in PIXELS of the original image, not in units of the image.
-
 References: the VOC2007 devkit (VOCevaldet); COCOeval of pycocotools.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy import ndarray as Array
 
-from records import Record
+if TYPE_CHECKING:
+    from plumbing.files import Record
 
 SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, np.inf)}  # of objects, see voc_ap
-COCO_NAMES = (  # in the order of COCOeval.stats
-    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
-    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
-)
-COCO_IOUS = np.linspace(0.5, 0.95, 10)
-COCO_RECALLS = np.linspace(0.0, 1.0, 101)
-COCO_BEST = np.array((1, 10, 100))  # detections a class and image that count
-COCO_AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large
-PAIRS_AT_ONCE = 1 << 20  # bounds the memory of the IoUs to some 100 MB
+THRESHOLDS = np.arange(101) / 100  # of the score, at which F1 is looked at
 
 
 class Detections(NamedTuple):
@@ -39,202 +35,117 @@ class Detections(NamedTuple):
     labels: Array  # (D,) int64, 1.. as in the records
 
 
-# ---------------------------------------------------------------------------------- matching rows
+# ------------------------------------------------------------------------------ average precision
 
 
-class Rows(NamedTuple):
-    """The boxes of all images, one a row; `key` numbers the (class, image) a box belongs to."""
+def average_precision(tp: Array, fp: Array, objects: int) -> tuple[float, float, Array, Array]:
+    """AP of one class by both of VOC's definitions: (11-point, area, recall, precision).
 
-    key: Array  # (R,) int64: (label - 1) * images + image
-    boxes_xyxy: Array  # (R, 4) float64
-    area: Array  # (R,) of the box, by the metric's own rule
+    tp, fp (D,): 1 where a detection is right (true positive) and 1 where it is wrong (false
+    positive), best score first; both 0 where it does not count. In a resampled set of images they
+    may be larger than 1: an image that was drawn twice counts twice.
 
-
-def flatten(
-    records: list[Record], detections: list[Detections], num_classes: int, *, by_number=False
-) -> tuple[list[Array], tuple[Array, Array]]:
-    """All ground truth and all detections as flat arrays.
-
-    The images come in the order of the lists or, `by_number`, in that of their names.
-
-    Returns (gt_key, gt_xyxy, difficult, gt_area), sorted by key, and (key, xyxy), sorted by class,
-    then score descending, then image and row: the order in which both metrics count.
+    [1, 0, 1], [0, 1, 0], 2 objects: precision 1 up to recall 1/2, then 2/3
+    -> (6 * 1 + 5 * 2/3) / 11, 1/2 * 1 + 1/2 * 2/3, [1/2, 1], [1, 2/3]
     """
+    right = np.flatnonzero(tp)  # the curve rises only here: at the others precision just falls
+    found, wrong = np.cumsum(tp[right]), np.cumsum(fp)[right]  # so far, down to this score
+    recall = found / objects
+    precision = found / (found + wrong)
+    if not objects:
+        return np.nan, np.nan, recall, precision
+    # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3. The
+    # published numbers (py-faster-rcnn's voc_eval) have this, too; a class moves by up to .001.
+    eleven = best_precision(recall, precision, np.arange(0, 1.1, 0.1)).mean()
+    area = best_precision(recall, precision, recall) @ (tp[right] / objects)
+    return eleven, area, recall, precision
+
+
+def best_precision(recall: Array, precision: Array, points: Array) -> Array:
+    """For each of `points`, the best precision at that recall or more; 0 where it is not reached.
+
+    This makes the zigzag of a precision-recall curve a staircase that only falls.
+    """
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return np.append(best, 0.0)[np.searchsorted(recall, points)]
+
+
+def mean(ap: Array) -> float:
+    """Mean over the classes that have objects; NaN if none has."""
+    return float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
+
+
+# --------------------------------------------------------------------------- one table of all boxes
+
+
+class Objects(NamedTuple):
+    """The ground truth of all images, one object per row."""
+
+    image: Array  # (G,) int64: the place of its image in the list
+    label: Array  # (G,) int64, 1..
+    boxes_xyxy: Array  # (G, 4) float64
+    difficult: Array  # (G,) bool; COCO: iscrowd
+    area: Array  # (G,) as annotated
+
+
+class Guesses(NamedTuple):
+    """The detections of all images, one per row: class by class, best score first.
+
+    Equal scores stay in the order of the images, as the devkits have them.
+    """
+
+    image: Array  # (D,) int64
+    label: Array  # (D,) int64
+    boxes_xyxy: Array  # (D, 4) float64
+    score: Array  # (D,) float64
+    row: Array  # (D,) int64: its place among all detections as they were given
+
+
+def tabulate(
+    records: list[Record], detections: list[Detections], num_classes: int
+) -> tuple[Objects, Guesses]:
+    """All images in two tables. ValueError for lists that do not belong together."""
     if len(records) != len(detections):
         raise ValueError(f"{len(detections)} images of detections for {len(records)} records")
-    if by_number and all(record.name.isdecimal() for record in records):
-        order = sorted(range(len(records)), key=lambda i: int(records[i].name))
-        records, detections = [records[i] for i in order], [detections[i] for i in order]
+    for record, (boxes, scores, labels) in zip(records, detections, strict=True):
+        shapes, d = [np.shape(x) for x in (boxes, scores, labels)], len(scores)
+        if shapes != [(d, 4), (d,), (d,)] or not np.isfinite(np.c_[boxes, scores]).all():
+            raise ValueError(
+                f"detections of image {record.name}: expected finite boxes (D,4), scores (D,) and "
+                f"labels (D,); got {', '.join(map(str, shapes))}"
+            )
 
     def column(rows, name, dtype=np.float64, shape=(-1,)):
         parts = [np.asarray(getattr(row, name), dtype).reshape(shape) for row in rows]
         return np.concatenate([np.empty((0, *shape[1:]), dtype), *parts])
 
-    def keys(rows, what):
-        counts = [len(row.labels) for row in rows]
-        labels, image = column(rows, "labels", np.int64), np.repeat(np.arange(len(rows)), counts)
-        for i in np.flatnonzero((labels < 1) | (labels > num_classes)):
+    def table(rows, what):
+        image = np.repeat(np.arange(len(rows)), [len(row.labels) for row in rows])
+        label = column(rows, "labels", np.int64)
+        for i in np.flatnonzero((label < 1) | (label > num_classes)):
             name = records[image[i]].name
-            raise ValueError(
-                f"{what} of image {name}: label {labels[i]} is not in 1..{num_classes}"
-            )
-        return (labels - 1) * len(records) + image
+            raise ValueError(f"{what} of image {name}: label {label[i]} is not in 1..{num_classes}")
+        return image, label, column(rows, "boxes_xyxy", shape=(-1, 4))
 
-    gt_key = keys(records, "ground truth")
-    gt = [gt_key, column(records, "boxes_xyxy", shape=(-1, 4))]
-    gt += [column(records, "difficult", bool), column(records, "area")]
-    order = np.argsort(gt_key, kind="stable")
-    gt = [x[order] for x in gt]
-
-    for record, found in zip(records, detections, strict=True):
-        d = len(found.scores)
-        finite = np.isfinite(found.scores).all() and np.isfinite(found.boxes_xyxy).all()
-        if np.shape(found.boxes_xyxy) != (d, 4) or len(found.labels) != d or not finite:
-            raise ValueError(
-                f"detections of image {record.name}: expected finite boxes (D,4), scores and "
-                f"labels (D,); got {np.shape(found.boxes_xyxy)}, {d}, {len(found.labels)}"
-            )
-    key, scores = keys(detections, "detections"), column(detections, "scores")
-    order = np.lexsort((-scores, key // max(1, len(records))))  # stable: ties by image, then row
-    return gt, (key[order], column(detections, "boxes_xyxy", shape=(-1, 4))[order])
+    difficult, area = column(records, "difficult", bool), column(records, "area")
+    objects = Objects(*table(records, "ground truth"), difficult, area)
+    score = column(detections, "scores")
+    guesses = Guesses(*table(detections, "detections"), score, np.arange(len(score)))
+    order = np.lexsort((-guesses.score, guesses.label))  # the last counts first; ties stay
+    return objects, Guesses(*(column[order] for column in guesses))
 
 
-def overlaps(
-    det: Rows, gt: Rows, min_iou: float, *, plus: float = 0.0, crowd: Array | None = None
-) -> list[Array]:
-    """Every (detection, ground truth) of one class and image with IoU >= min_iou.
-
-    Two `Rows`, gt sorted by key -> rows d (K,), rows g (K,), iou (K,), sorted by d, then g.
-    `plus` is the devkit's 1 pixel. Where `crowd` (G,), the union is the detection alone.
-    """
-    num_keys = int(max(det.key.max(initial=-1), gt.key.max(initial=-1))) + 1
-    per_key = np.bincount(gt.key, minlength=num_keys)
-    first, count = (np.cumsum(per_key) - per_key)[det.key], per_key[det.key]  # (D,)
-    busy = np.flatnonzero(count)  # most detections have no ground truth of their class at all
-    ends = np.cumsum(count[busy])
-    parts = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
-    start = 0
-    while start < len(busy):
-        done = ends[start - 1] if start else 0
-        stop = max(start + 1, np.searchsorted(ends, done + PAIRS_AT_ONCE, side="right"))
-        n = count[busy[start:stop]]
-        d = np.repeat(busy[start:stop], n)  # (K,)
-        g = np.arange(len(d)) - np.repeat(np.cumsum(n) - n - first[busy[start:stop]], n)
-        a, b = det.boxes_xyxy[d], gt.boxes_xyxy[g]  # (K, 4)
-        sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + plus
-        inter = np.where((sides > 0).all(axis=1), sides[:, 0] * sides[:, 1], 0.0)
-        union = det.area[d] + gt.area[g] - inter
-        if crowd is not None:
-            union = np.where(crowd[g], det.area[d], union)
-        iou = np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)
-        near = iou >= min_iou
-        parts.append((d[near], g[near], iou[near]))
-        start = stop
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+def class_ranges(label: Array, num_classes: int) -> list[slice]:
+    """Where each class stands in a sorted column of labels. [1, 1, 3], 3 -> 0:2, 2:2, 2:3."""
+    edges = np.searchsorted(label, np.arange(1, num_classes + 2)).tolist()
+    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-# --------------------------------------------------------------------------------------- VOC
+def sides_of(boxes_xyxy: Array) -> Array:
+    """Widths and heights (R, 2), rounded to the decimal number that they are, if they are one.
 
-
-def interpolate(recall: Array, precision: Array, steps: Array) -> tuple[float, float]:
-    """11-point AP and the area under the envelope, from the points at the true positives, each of
-    which raised the recall by one of `steps`."""
-    # precision only falls between true positives, so the best at recall >= r is at one of them
-    best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3: the
-    # published numbers (py-faster-rcnn's voc_eval) were made so, and it moves a class by up to .001
-    points = np.searchsorted(recall, np.arange(0, 1.1, 0.1))  # the first with recall >= r
-    return best[points].mean(), best[:-1] @ steps
-
-
-def mean(ap: Array) -> float:
-    """Mean over the classes that have ground truth; NaN where none has."""
-    return float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
-
-
-def voc_matched(
-    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
-) -> Callable:
-    """Matches as `voc_ap` says -> a function that averages, of some sizes or some images only."""
-    (gt_key, gt_xyxy, difficult, _), (key, xyxy) = flatten(records, detections, num_classes)
-    det = Rows(key, xyxy, np.prod(xyxy[:, 2:] - xyxy[:, :2] + 1, axis=1))
-    gt = Rows(gt_key, gt_xyxy, np.prod(gt_xyxy[:, 2:] - gt_xyxy[:, :2] + 1, axis=1))
-
-    d, g, iou = overlaps(det, gt, iou_threshold, plus=1.0)
-    d, g, iou = (x[iou > iou_threshold] for x in (d, g, iou))
-    best = np.lexsort((g, -iou, d))  # of each detection the largest IoU, then the first box
-    best = best[np.unique(d[best], return_index=True)[1]]
-    found = np.full(len(key), -1)  # (D,) the row of the ground truth it looks at, or -1
-    found[d[best]] = g[best]
-
-    images = max(1, len(records))
-    image, gt_image = key % images, gt_key % images
-    starts = np.searchsorted(key // images, np.arange(num_classes + 1))  # key is sorted by class
-    scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
-    side = np.sqrt(np.maximum(det.area * scale[image], 0))
-    gt_side = np.sqrt(np.maximum(gt.area * scale[gt_image], 0))
-
-    def average(low=0.0, high=np.inf, times=None):
-        """AP of the ground truth whose side is in [low, high): ap11, area, curves.
-
-        `times` (N,) integers: how often each image counts, if not once.
-        """
-        times = np.ones(images, int) if times is None else times
-        ignored = difficult | (gt_side < low) | (gt_side >= high)
-        skip = np.where(found >= 0, np.append(ignored, False)[found], (side < low) | (side >= high))
-        skip |= times[image] == 0
-        rows = np.flatnonzero((found >= 0) & ~skip)
-        rows = np.sort(rows[np.unique(found[rows], return_index=True)[1]])  # first of each: tp
-        # true and false positives before each row
-        counted = np.append(0, np.cumsum(np.where(skip, 0, times[image])))
-        objects = gt_key[~ignored] // images, times[gt_image[~ignored]]
-        positives = np.bincount(*objects, minlength=num_classes)
-        ap, curves = np.full((2, num_classes), np.nan), []
-        for c in range(num_classes):
-            tp = rows[slice(*np.searchsorted(rows, starts[c : c + 2]))]
-            gains = times[image[tp]]
-            hits = np.cumsum(gains)
-            recall = hits / max(1, positives[c])
-            precision = hits / (counted[tp + 1] - counted[starts[c]])
-            curves.append((recall, precision))
-            if positives[c]:
-                ap[:, c] = interpolate(recall, precision, gains / positives[c])
-        return *ap, curves
-
-    return average
-
-
-def voc_ap(
-    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
-) -> dict:
-    """Average precision by the VOC devkit's rules, both ways, for each class, and by size.
-
-    A detection looks only at the ground truth of its class and image that it overlaps most (the
-    first on ties). IoU, pixels counted inclusively (+1), strictly above `iou_threshold` and not
-    yet found by a higher score: true positive; found already or too little overlap: false
-    positive; difficult: neither. Detections of equal score count in the order of the images.
-
-    Returns a dict: "ap11" and "area", each (num_classes,), NaN for a class without ground truth
-    that is not difficult; "curves", for each class (recall, precision) at its true positives;
-    "by_size": the mean of "ap11" and "area" over objects of one size only, for each of `SIZES`:
-    sides of the object as a 300x300 network sees it, other ground truth ignored like difficult
-    ones, and so is a detection of another size that finds nothing (as in COCO).
-    Labels are 1..num_classes. Raises ValueError for lists that do not belong together.
-    """
-    average = voc_matched(records, detections, num_classes, iou_threshold)
-    ap11, area, curves = average()
-    by_size = {name: [mean(ap) for ap in average(*sides)[:2]] for name, sides in SIZES.items()}
-    return {"ap11": ap11, "area": area, "curves": curves, "by_size": by_size}
-
-
-# --------------------------------------------------------------------------------------- COCO
-
-
-def exact_sides(boxes_xyxy: Array) -> Array:
-    """Widths and heights (R, 2), rounded to the decimal number they are, if they are one.
-
-    In floating point x + w - x may miss w. A side of 32 has to stay 32: an area of 32 * 32, on the
-    border of two ranges, counts in both.
+    In floating point (x + w) - x may miss w. COCO's files hold w, and its size ranges end at
+    exactly 32 * 32 and 96 * 96.
     """
     sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
     decimal = np.round(sides, 6)
@@ -242,40 +153,249 @@ def exact_sides(boxes_xyxy: Array) -> Array:
     return np.where(np.abs(decimal - sides) <= slack, decimal, sides)
 
 
-def coco_match(det: Rows, gt: Rows, crowd: Array, gt_ignored: Array) -> tuple[Array, Array]:
-    """COCO's greedy matching for 10 IoU thresholds and 4 area ranges at once.
+def class_and_image(guesses: Guesses, objects: Objects) -> tuple[Array, Array]:
+    """(D,), (G,): a number for each pair of class and image: equal ones may match."""
+    images = 1 + max(guesses.image.max(initial=0), objects.image.max(initial=0))
+    return guesses.label * images + guesses.image, objects.label * images + objects.image
 
-    Setting 10 * a + t (area range a, threshold t) is one bit of an integer, so one `&` answers all
-    forty. In each class and image the detections choose in turn, best score first: of the ground
-    truth still free, the one of largest IoU (the last on ties); an ignored one only if no other
-    is left. Crowds stay free. The turns of all images run side by side: turn s handles
-    the s-th (detection, ground truth) pair of each.
 
-    gt_ignored (G,) bits. Returns (matched, hit), (D,) bits: matched at all; and to one that counts.
+def pairs(guess_group: Array, object_group: Array) -> Iterator[tuple[Array, Array]]:
+    """Yields all pairs of equal group, as rows (d, g), sorted by d, then g: a million at a time."""
+    by_group = np.argsort(object_group, kind="stable")
+    sizes = np.bincount(object_group, minlength=1 + guess_group.max(initial=0))
+    first = np.cumsum(sizes) - sizes
+    busy = np.flatnonzero(sizes[guess_group])  # most detections have no object of their class
+    first, count = first[guess_group[busy]], sizes[guess_group[busy]]
+    ends, start = np.cumsum(count), 0
+    while start < len(busy):
+        done = ends[start - 1] if start else 0
+        stop = max(start + 1, np.searchsorted(ends, done + (1 << 20), side="right"))
+        n = count[start:stop]
+        number = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # 0, 1, .. in each group
+        yield np.repeat(busy[start:stop], n), by_group[np.repeat(first[start:stop], n) + number]
+        start = stop
+
+
+def overlaps(
+    guesses: Guesses, objects: Objects, min_iou: float, *, plus=0.0, crowd: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Every pair of a detection and an object of its class and image with IoU >= min_iou.
+
+    -> rows d (K,), rows g (K,), iou (K,), sorted by d, then g.
+    `plus` is VOC's pixel: a box from 10 to 19 is 10 pixels wide. For a `crowd` (G,) bool the union
+    is the area of the detection alone: COCO's rule.
     """
-    d, g, iou = overlaps(det, gt, COCO_IOUS[0], crowd=crowd)
-    reached = (1 << np.searchsorted(COCO_IOUS, iou, side="right")) - 1  # (K,) thresholds <= IoU
-    reached = reached * sum(1 << 10 * a for a in range(len(COCO_AREAS)))
-    d, g, iou = np.tile(d, 2), np.tile(g, 2), np.tile(iou, 2)
-    second = np.arange(len(d)) >= len(reached)  # each pair comes twice: as counting, as ignored
-    allowed = np.tile(reached, 2) & np.where(second, gt_ignored[g], ~gt_ignored[g])
-    turn = np.lexsort((-g, -iou, second, d, det.key[d]))
-    turn = turn[allowed[turn] != 0]
-    d, g, second, allowed = d[turn], g[turn], second[turn], allowed[turn]
+    sides, other = sides_of(guesses.boxes_xyxy), sides_of(objects.boxes_xyxy)
+    low, other_low = guesses.boxes_xyxy[:, :2], objects.boxes_xyxy[:, :2]
+    area, other_area = (sides + plus).prod(axis=1), (other + plus).prod(axis=1)
+    parts = [(np.empty(0, int), np.empty(0, int), np.empty(0))]
+    for d, g in pairs(*class_and_image(guesses, objects)):
+        high = np.minimum(low[d] + sides[d], other_low[g] + other[g])  # (K, 2)
+        inter = (high - np.maximum(low[d], other_low[g]) + plus).clip(0).prod(axis=1)
+        union = area[d] + other_area[g] - inter
+        if crowd is not None:
+            union = np.where(crowd[g], area[d], union)
+        iou = np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)
+        near = iou >= min_iou
+        parts.append((d[near], g[near], iou[near]))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    _, first, turns = np.unique(det.key[d], return_index=True, return_counts=True)
-    longest = np.argsort(-turns, kind="stable")
-    first, turns = first[longest], turns[longest]
-    matched, hit = np.zeros(len(det.key), np.int64), np.zeros(len(det.key), np.int64)
-    taken = np.zeros(len(gt.key), np.int64)
-    for s in range(turns.max(initial=0)):
-        pair = first[: np.searchsorted(-turns, -s)] + s  # those with more than s turns
-        i, j = d[pair], g[pair]  # no detection and no ground truth comes twice in one turn
-        new = allowed[pair] & ~taken[j] & ~matched[i]
+
+# -------------------------------------------------------------------------------------------- VOC
+
+
+class VocMatches(NamedTuple):
+    """Which object each detection looks at, by VOC's rules."""
+
+    objects: Objects
+    guesses: Guesses
+    target: Array  # (D,) the row in `objects` that it overlaps most and enough; -1 for none
+    object_side: Array  # (G,) root of the area as a 300x300 network sees the box
+    guess_side: Array  # (D,)
+    images: int
+    num_classes: int
+
+
+def voc_match(
+    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
+) -> VocMatches:
+    """Each detection looks at the object of its class and image that it overlaps most."""
+    objects, guesses = tabulate(records, detections, num_classes)
+    d, g, iou = overlaps(guesses, objects, iou_threshold, plus=1.0)
+    enough = iou > iou_threshold  # strictly
+    d, g, iou = d[enough], g[enough], iou[enough]
+    order = np.lexsort((g, -iou, d))  # of each detection the largest IoU first, then the first box
+    looking, first = np.unique(d[order], return_index=True)
+    target = np.full(len(guesses.label), -1)
+    target[looking] = g[order][first]
+
+    scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
+    sides = []
+    for table in (objects, guesses):
+        area = np.prod(table.boxes_xyxy[:, 2:] - table.boxes_xyxy[:, :2] + 1, axis=1)
+        sides.append(np.sqrt(np.maximum(area * scale[table.image], 0)))
+    return VocMatches(objects, guesses, target, *sides, len(records), num_classes)
+
+
+def voc_outcome(matches: VocMatches, low=0.0, high=np.inf) -> tuple[Array, Array, Array]:
+    """Right or wrong: tp (D,), fp (D,), counted (G,), all bool; for objects of one size only.
+
+    Of the detections that look at one object the best score finds it; the others are wrong. Objects
+    that are difficult, or whose side is not in [low, high), do not count, nor does what looks at
+    them. A detection that looks at nothing is wrong if its own side is in [low, high).
+    """
+    m = matches
+    counted = ~m.objects.difficult & (m.object_side >= low) & (m.object_side < high)
+    looks = np.flatnonzero(m.target >= 0)
+    looks = looks[counted[m.target[looks]]]  # rows of detections, in the order of their scores
+    _, best = np.unique(m.target[looks], return_index=True)  # the first row of each object
+    tp = np.zeros(len(m.target), bool)
+    tp[looks[best]] = True
+    fp = (m.target < 0) & (m.guess_side >= low) & (m.guess_side < high)
+    fp[looks] = ~tp[looks]
+    return tp, fp, counted
+
+
+def voc_average(
+    matches: VocMatches, outcome: tuple[Array, Array, Array], times: Array | None = None
+) -> tuple[Array, Array, list]:
+    """AP of every class: 11-point (C,), area (C,), curves [(recall, precision)].
+
+    `outcome` as of `voc_outcome`. times (N,): how often each image counts, if not once.
+    """
+    (tp, fp, counted), m = outcome, matches
+    times = np.ones(m.images, int) if times is None else times
+    tp, fp = tp * times[m.guesses.image], fp * times[m.guesses.image]
+    weights = times[m.objects.image[counted]]
+    objects = np.bincount(m.objects.label[counted], weights, m.num_classes + 1)[1:].astype(int)
+    ranges = class_ranges(m.guesses.label, m.num_classes)
+    results = [average_precision(tp[r], fp[r], n) for r, n in zip(ranges, objects, strict=True)]
+    eleven, area = (np.array([row[i] for row in results]) for i in (0, 1))
+    return eleven, area, [row[2:] for row in results]
+
+
+def voc_ap(
+    records: list[Record], detections: list[Detections], num_classes: int, iou_threshold=0.5
+) -> dict:
+    """Average precision by the VOC devkit's rules, both ways, for each class, and by size.
+
+    A detection looks only at the object of its class and image that it overlaps most (the first
+    of equals). It is right if their IoU, with pixels counted inclusively (+1), is strictly above
+    `iou_threshold` and no detection of higher score has found the object; if the object is
+    difficult, it does not count; else it is wrong. Equal scores count in the order of the images.
+
+    -> "ap11", "area" (C,), NaN for a class without an object that counts; "curves", for each class
+    (recall, precision) at its true positives; "f1" of `voc_f1`; "by_size", for each of `SIZES` the
+    means of "ap11" and "area" over objects whose side is such to a 300x300 network.
+    ValueError for lists that do not belong together.
+    """
+    matches = voc_match(records, detections, num_classes, iou_threshold)
+    eleven, area, curves = voc_average(matches, voc_outcome(matches))
+    by_size = {}
+    for name, sides in SIZES.items():
+        both = voc_average(matches, voc_outcome(matches, *sides))[:2]
+        by_size[name] = [mean(ap) for ap in both]
+    f1 = voc_f1(matches)
+    return {"ap11": eleven, "area": area, "curves": curves, "f1": f1, "by_size": by_size}
+
+
+def voc_f1(matches: VocMatches) -> Array:
+    """F1 (C, 101) of the detections whose score is at least each of `THRESHOLDS`.
+
+    F1, the harmonic mean of precision and recall, is 2 tp / (tp + fp + objects). Where it is best
+    lies the score from which on detections are worth showing. NaN for a class without objects.
+    """
+    (tp, fp, counted), m = voc_outcome(matches), matches
+    f1 = np.full((m.num_classes, len(THRESHOLDS)), np.nan)
+    objects = np.bincount(m.objects.label[counted], minlength=m.num_classes + 1)[1:]
+    for c, rows in enumerate(class_ranges(m.guesses.label, m.num_classes)):
+        shown = np.searchsorted(-m.guesses.score[rows], -THRESHOLDS, side="right")
+        right, wrong = (np.append(0, np.cumsum(x[rows]))[shown] for x in (tp, fp))
+        if objects[c]:
+            f1[c] = 2 * right / (right + wrong + objects[c])
+    return f1
+
+
+def best_threshold(f1: Array) -> float | None:
+    """The middle of the thresholds at which F1 (101,) is best; None where it is 0 or NaN."""
+    best = np.flatnonzero(f1 == f1.max())
+    return float(THRESHOLDS[best[len(best) // 2]]) if f1.max() > 0 else None
+
+
+# ----------------------------------------------------------- COCO: a second reading, if ever
+
+COCO_NAMES = (  # in the order of COCOeval.stats
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"),
+)
+COCO_IOUS = np.linspace(0.5, 0.95, 10)
+COCO_RECALLS = np.linspace(0.0, 1.0, 101)
+COCO_BEST = np.array((1, 10, 100))  # detections per class and image that count
+COCO_AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large
+
+
+def take_turns(
+    group: Array, d: Array, g: Array, allowed: Array, shared: Array
+) -> tuple[Array, Array]:
+    """Greedy matching: in each group the pairs (d, g) get their turn, and come together if free.
+
+    d, g, allowed (K,), sorted by group[d], within it by preference. `allowed` has one bit for each
+    of up to 63 matchings that run side by side: a detection may be free in one and taken in
+    another. `shared` (G,) bool: objects that many may have (crowds). All groups go at once: round s
+    is the turn of the s-th pair of each.
+
+    -> (K,) the matchings in which the pair came together, (D,) those in which the detection did.
+    """
+    _, first, rounds = np.unique(group[d], return_index=True, return_counts=True)
+    longest = np.argsort(-rounds, kind="stable")
+    first, rounds = first[longest], rounds[longest]
+    together, matched = np.zeros(len(d), np.int64), np.zeros(len(group), np.int64)
+    taken = np.zeros(len(shared), np.int64)
+    for s in range(rounds.max(initial=0)):
+        pair = first[: np.searchsorted(-rounds, -s)] + s  # of the groups with more than s pairs
+        i, j = d[pair], g[pair]  # all different: each group has its own
+        together[pair] = new = allowed[pair] & ~taken[j] & ~matched[i]
         matched[i] |= new
-        hit[i] |= np.where(second[pair], 0, new)
-        taken[j] |= np.where(crowd[j], 0, new)
+        taken[j] |= np.where(shared[j], 0, new)
+    return together, matched
+
+
+def coco_match(guesses: Guesses, objects: Objects, counted: Array) -> tuple[Array, Array]:
+    """COCO's matching for 4 area ranges and 10 IoU thresholds at once: bit 10 * range + threshold.
+
+    In each class and image the detections choose in turn, best score first: of the objects still
+    free, the one of largest IoU (the last of equals); one that does not count only if no other is
+    left. counted (4, G) bool: the objects of each area range.
+
+    -> matched, hit (D,) bits: matched at all; and to an object that counts.
+    """
+    d, g, iou = overlaps(guesses, objects, COCO_IOUS[0], crowd=objects.difficult)
+    reached = (1 << np.searchsorted(COCO_IOUS, iou, side="right")) - 1  # (K,) thresholds <= IoU
+    reached = reached * sum(1 << 10 * a for a in range(4))  # the same ten bits in every area range
+    counts = sum(row.astype(np.int64) * 1023 << 10 * a for a, row in enumerate(counted))  # (G,)
+    # each pair comes twice: where the object counts, and, last of its detection, where it does not
+    allowed = np.concatenate([reached & counts[g], reached & ~counts[g]])
+    last = np.arange(len(allowed)) >= len(d)
+    d, g, iou = np.tile(d, 2), np.tile(g, 2), np.tile(iou, 2)
+    group, _ = class_and_image(guesses, objects)
+    some = np.flatnonzero(allowed)
+    order = some[np.lexsort((-g[some], -iou[some], last[some], d[some], group[d[some]]))]
+    d, last = d[order], last[order]
+    together, matched = take_turns(group, d, g[order], allowed[order], objects.difficult)
+    hit = np.zeros(len(group), np.int64)
+    np.bitwise_or.at(hit, d[~last], together[~last])
     return matched, hit
+
+
+def best_per_image(guesses: Guesses, objects: Objects) -> tuple[Guesses, Array]:
+    """The best 100 detections per class and image, and the rank of each (D,), from 0."""
+    group, _ = class_and_image(guesses, objects)
+    by_group = np.argsort(group, kind="stable")  # in each group best score first
+    _, first, count = np.unique(group[by_group], return_index=True, return_counts=True)
+    rank = np.empty(len(group), np.int64)
+    rank[by_group] = np.arange(len(group)) - np.repeat(first, count)
+    kept = rank < COCO_BEST[-1]
+    return Guesses(*(column[kept] for column in guesses)), rank[kept]
 
 
 def coco_ap(records: list[Record], detections: list[Detections], num_classes: int) -> dict:
@@ -284,69 +404,48 @@ def coco_ap(records: list[Record], detections: list[Detections], num_classes: in
     `difficult` of a record is COCO's iscrowd, `area` the annotation's own. Images whose names are
     numbers are taken in their order, as pycocotools does: it decides between equal scores.
 
-    Returns a dict: `COCO_NAMES` -> float (-1 where there is nothing to find), and "per_class", AP
-    (num_classes,), NaN for a class without ground truth. Labels are 1..num_classes.
-    Raises ValueError for lists that do not belong together.
+    -> `COCO_NAMES` as keys of floats (-1 where there is nothing to find), and "per_class": AP (C,),
+    NaN for a class without objects. ValueError for lists that do not belong together.
     """
-    (gt_key, gt_xyxy, crowd, gt_area), (key, xyxy) = flatten(
-        records, detections, num_classes, by_number=True
-    )
-    by_image = np.argsort(key, kind="stable")  # the rank of each among its class and image
-    _, first, count = np.unique(key[by_image], return_index=True, return_counts=True)
-    rank = np.empty(len(key), np.int64)
-    rank[by_image] = np.arange(len(key)) - np.repeat(first, count)
-    key, xyxy, rank = (x[rank < COCO_BEST[-1]] for x in (key, xyxy, rank))
+    if len(records) == len(detections) and all(record.name.isdecimal() for record in records):
+        order = sorted(range(len(records)), key=lambda i: int(records[i].name))
+        records, detections = [records[i] for i in order], [detections[i] for i in order]
+    objects, guesses = tabulate(records, detections, num_classes)
+    guesses, rank = best_per_image(guesses, objects)
 
-    gt_sides, sides = exact_sides(gt_xyxy), exact_sides(xyxy)
-    gt_xyxy[:, 2:], xyxy[:, 2:] = gt_xyxy[:, :2] + gt_sides, xyxy[:, :2] + sides
-    det, gt = Rows(key, xyxy, np.prod(sides, axis=1)), Rows(gt_key, gt_xyxy, gt_sides.prod(axis=1))
+    def inside(area):  # (4, R): in each area range
+        return np.stack([(area >= low) & (area <= high) for low, high in COCO_AREAS])
 
-    def outside(area):  # (4, R): not in the area range
-        return np.stack([(area < low) | (area > high) for low, high in COCO_AREAS])
-
-    gt_outside, det_outside = outside(gt_area) | crowd, outside(det.area)
-    ignored = sum(row.astype(np.int64) * 1023 << 10 * a for a, row in enumerate(gt_outside))
-    matched, hit = coco_match(det, gt, crowd, ignored)
-
-    images = max(1, len(records))
-    starts = np.searchsorted(key // images, np.arange(num_classes + 1))  # key is sorted by class
-    touched = np.flatnonzero(matched)  # precision peaks at hits: no other row needs a look
-    edges = np.searchsorted(touched, starts)
-    shape = (len(COCO_AREAS), len(COCO_IOUS), num_classes)
-    precision = np.zeros((*shape, len(COCO_RECALLS)))
-    recall = np.zeros((*shape, len(COCO_BEST)))  # of the best 1, 10 and 100 a class and image
-    positives = np.zeros((len(COCO_AREAS), num_classes), np.int64)
-    for a, out in enumerate(gt_outside):
-        positives[a] = np.bincount(gt_key[~out] // images, minlength=num_classes)
-    for a, t in np.ndindex(shape[:2]):
-        if t == 0:  # rows before each that are in the area range
-            inside = np.append(0, np.cumsum(~det_outside[a]))
+    counted = inside(objects.area) & ~objects.difficult
+    near = inside(sides_of(guesses.boxes_xyxy).prod(axis=1))
+    matched, hit = coco_match(guesses, objects, counted)
+    label = [objects.label[row] for row in counted]
+    positives = np.stack([np.bincount(x, minlength=num_classes + 1)[1:] for x in label])  # (4, C)
+    precision = np.zeros((len(COCO_AREAS), len(COCO_IOUS), num_classes, len(COCO_RECALLS)))
+    recall = np.zeros((*precision.shape[:3], len(COCO_BEST)))  # of the best 1, 10 and 100
+    ranges = class_ranges(guesses.label, num_classes)
+    for a, t in np.ndindex(precision.shape[:2]):
         bit = 1 << 10 * a + t
-        is_matched, is_hit = (matched[touched] & bit) > 0, (hit[touched] & bit) > 0
-        spared = np.append(0, np.cumsum(is_matched & ~det_outside[a][touched]))
+        tp, fp = (hit & bit) > 0, near[a] & ((matched & bit) == 0)
         for c in np.flatnonzero(positives[a]):
-            near = edges[c] + np.flatnonzero(is_hit[edges[c] : edges[c + 1]])
-            rows = touched[near]  # (H,) the true positives
-            tp = np.arange(1.0, len(rows) + 1)
-            fp = inside[rows] - inside[starts[c]] - (spared[near] - spared[edges[c]])
-            envelope = np.maximum.accumulate((tp / (fp + tp + np.spacing(1)))[::-1])[::-1]
-            points = np.searchsorted(tp / positives[a, c], COCO_RECALLS)
-            precision[a, t, c] = np.append(envelope, 0.0)[points]
-            recall[a, t, c] = (rank[rows][:, None] < COCO_BEST).sum(axis=0) / positives[a, c]
+            right, wrong = tp[ranges[c]], fp[ranges[c]]
+            curve = average_precision(right, wrong, positives[a, c])[2:]
+            precision[a, t, c] = best_precision(*curve, COCO_RECALLS)
+            found = rank[ranges[c]][right][:, None] < COCO_BEST
+            recall[a, t, c] = found.sum(axis=0) / positives[a, c]
 
-    def average(values, a):  # (T, C): over the classes that have ground truth in area range a
+    def average(values, a):  # (.., C): over the classes that have objects in area range a
         return float(values[..., positives[a] > 0].mean()) if positives[a].any() else -1.0
 
-    ap, ar = precision.mean(axis=3), recall  # (A, T, C), (A, T, C, 3)
-    stats = [average(ap[0], 0), average(ap[0, 0], 0), average(ap[0, 5], 0)]  # IoU .5 and .75
+    ap, ar = precision.mean(axis=3), recall.transpose(3, 0, 1, 2)  # (A, T, C), (3, A, T, C)
+    stats = [average(x, 0) for x in (ap[0], ap[0, 0], ap[0, 5])]  # all IoUs, .5, .75
     stats += [average(ap[a], a) for a in (1, 2, 3)]
-    stats += [average(ar[0, ..., m], 0) for m in range(len(COCO_BEST))]
-    stats += [average(ar[a, ..., 2], a) for a in (1, 2, 3)]
+    stats += [average(x[0], 0) for x in ar] + [average(ar[2, a], a) for a in (1, 2, 3)]
     per_class = np.where(positives[0] > 0, ap[0].mean(axis=0), np.nan)
     return dict(zip(COCO_NAMES, stats, strict=True), per_class=per_class)
 
 
-# ------------------------------------------------------------------------------ results
+# ---------------------------------------------------------------------------------------- results
 
 
 def summarise(
@@ -355,44 +454,45 @@ def summarise(
     """All numbers of one evaluation as plain data, None where there is nothing to measure.
 
     metric "voc07": "mAP" is the 11-point one; "voc": the area; "coco": COCO's AP.
+    "threshold" is the score whose detections have the best F1, as a mean over the classes.
     """
 
     def plain(x):
         return None if np.isnan(x) else float(x)
 
+    def both(eleven, area, kind):
+        return {f"{kind}_11point": plain(eleven), f"{kind}_area": plain(area)}
+
     voc = voc_ap(records, detections, len(classes))
-    eleven, area = mean(voc["ap11"]), mean(voc["area"])
+    means = both(mean(voc["ap11"]), mean(voc["area"]), "mAP")
+    per_class, curves = {}, {}
+    for c, name in enumerate(classes):
+        per_class[name] = both(voc["ap11"][c], voc["area"][c], "ap")
+        f1, (recall, precision) = voc["f1"][c], voc["curves"][c]
+        per_class[name] |= {"threshold": best_threshold(f1), "f1": plain(f1.max())}
+        some = np.unique(np.linspace(0, max(0, len(recall) - 1), 200).astype(int))[: len(recall)]
+        curves[name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
     result = {
-        "mAP": plain(eleven if metric == "voc07" else area),
+        "mAP": means["mAP_11point" if metric == "voc07" else "mAP_area"],
         "metric": metric,
-        "mAP_11point": plain(eleven),
-        "mAP_area": plain(area),
-        "per_class": {
-            name: {"ap_11point": plain(voc["ap11"][c]), "ap_area": plain(voc["area"][c])}
-            for c, name in enumerate(classes)
-        },
-        "by_size": {
-            name: {"mAP_11point": plain(a), "mAP_area": plain(b)}
-            for name, (a, b) in voc["by_size"].items()
-        },
+        **means,
+        "per_class": per_class,
+        "by_size": {name: both(*aps, "mAP") for name, aps in voc["by_size"].items()},
         "images": len(records),
         "objects": int(sum((~r.difficult).sum() for r in records)),
         "detections": int(sum(len(d.scores) for d in detections)),
-        "curves": {},
+        "threshold": best_threshold(np.nansum(voc["f1"], axis=0)),
+        "curves": curves,
     }
-    for name, (recall, precision) in zip(classes, voc["curves"], strict=True):
-        some = np.unique(np.linspace(0, max(0, len(recall) - 1), 200).astype(int))[: len(recall)]
-        result["curves"][name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
     if metric == "coco":
         coco = coco_ap(records, detections, len(classes))
-        result["coco"] = {name: coco[name] for name in COCO_NAMES}
-        result["mAP"] = coco["AP"]
+        result |= {"coco": {name: coco[name] for name in COCO_NAMES}, "mAP": coco["AP"]}
         for name, ap in zip(classes, coco["per_class"], strict=True):
-            result["per_class"][name]["ap_coco"] = plain(ap)
+            per_class[name]["ap_coco"] = plain(ap)
     return result
 
 
-def report(result: dict) -> str:
+def results_text(result: dict) -> str:
     """The result of `summarise` as text."""
 
     def cell(x):

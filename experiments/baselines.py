@@ -1,18 +1,52 @@
-"""The networks that ScratchDet is compared with, as backbones of `ScratchDet` (`--backbone NAME`).
+"""The networks that ScratchDet is compared with. Importing this file adds them to BODIES.
 
-Off the reading path: nothing here is needed to understand scratchdet.py, which asks BODIES for the
-names of its BASELINES. Each takes the Config's `bn` and `width`.
+Not needed to understand scratchdet.py. Each network takes the Config's `bn` and `width`.
 
-    python scratchdet.py --backbone dsod300
-    python scratchdet.py --backbone scratchdet512 --size 512 --priors coco512
-    python scratchdet.py --backbone ssd321 --size 321 --priors voc321
+    python -m experiments.baselines --backbone dsod300
+    python -m experiments.baselines --backbone scratchdet512 --size 512 --priors coco512
+    python -m experiments.baselines --backbone ssd321 --size 321 --priors voc321
+
+What is known about the originals, and where these networks differ: docs/deviations.md.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scratchdet import BLOCKS, BasicBlock, Config, ResNet, channel_rounding, conv_bn, run_extras
+import scratchdet
+from scratchdet import (
+    BasicBlock,
+    Config,
+    L2Norm,
+    Layout,
+    ResNet,
+    channel_rounding,
+    conv_bn,
+    run_extras,
+)
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+# Priors for other input sizes than 300, one row per map, as in scratchdet.PRIORS.
+scratchdet.PRIORS |= {
+    "coco512": (  # scratchdet512, from its released configuration
+        (20, 51, 8, (2,)),
+        (51, 133, 16, (2, 3)),
+        (133, 215, 32, (2, 3)),
+        (215, 296, 64, (2, 3)),
+        (296, 378, None, (2, 3)),
+        (378, 460, None, (2,)),
+        (460, 542, None, (2,)),
+    ),
+    "voc321": (  # ssd321: sides and ratios of the DSSD code
+        (32, 64, 8, (1.6, 2, 3)),
+        (64, 121, 16, (1.6, 2, 3)),
+        (121, 179, 32, (1.6, 2, 3)),
+        (179, 237, 64, (1.6, 2, 3)),
+        (237, 295, None, (1.6, 2, 3)),
+        (295, 353, None, (1.6, 2, 3)),
+    ),
+}
 
 # ------------------------------------------------------------------------------ ResNet-50 and -101
 
@@ -38,52 +72,67 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
-class ResBody(nn.Module):
-    """A bottleneck of DSSD's code whose window may be 2x2 or unpadded: how SSD321's maps shrink."""
+class BottleneckResNet(ResNet):
+    block = Bottleneck
 
-    def __init__(self, c_in: int, mid: int, c_out: int, *, kernel: int, stride: int, bn: bool):
+
+# ------------------------------------------------------------------------------ SSD321
+
+
+class ResBody(nn.Module):
+    """A bottleneck of the DSSD code: `kernel` and `stride` belong to its first convolution.
+
+    The maps of SSD321 shrink by windows of 2x2 or 3x3 there, without padding.
+    """
+
+    def __init__(
+        self, c_in: int, mid: int, c_out: int, *, bn: bool, kernel: int = 1, stride: int = 1,
+        dilation: int = 1, shortcut: bool = True,
+    ):  # fmt: skip
         super().__init__()
         window = {"stride": stride, "padding": 0, "bn": bn}
         self.branch = nn.Sequential(
             conv_bn(c_in, mid, kernel, **window),
-            conv_bn(mid, mid, 1 if kernel == 1 else 3, bn=bn),
+            conv_bn(mid, mid, 3, padding=dilation, dilation=dilation, bn=bn),
             conv_bn(mid, c_out, 1, bn=bn, relu=False),
         )
-        self.shortcut = conv_bn(c_in, c_out, kernel, relu=False, **window)
+        convolution = conv_bn(c_in, c_out, kernel, relu=False, **window) if shortcut else None
+        self.shortcut = convolution or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.branch(x) + self.shortcut(x), inplace=True)
 
 
 class SSD321(nn.Module):
-    """ResNet-101 of the DSSD paper's SSD321: conv5 dilated instead of strided, maps 40, 20, ... 1.
+    """The SSD321 of the DSSD paper: ResNet-101 whose conv5 is dilated, not strided.
 
-    A block before each head (prediction module (c) of that paper). 17,080 priors. Built from its
-    description: only the sizes of its maps are known to agree.
+    Maps 40, 20, 10, 5, 3, 1; 17,080 priors. A block before each head (prediction module (c)), 5x5
+    heads on the first two maps. Its released script has no BatchNorm in the head: `bn` "backbone".
     """
+
+    head_kernels = (5, 5, 3, 3, 3, 3)
 
     def __init__(self, config: Config):
         super().__init__()
-        bn, ch = config.bn in ("all", "backbone"), channel_rounding(config.width)
-        self.stem = nn.Sequential(conv_bn(3, ch(64), 7, stride=2, bn=bn), nn.MaxPool2d(3, 2))
+        bn, ch = config.body_bn, channel_rounding(config.width)
+        pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.stem = nn.Sequential(conv_bn(3, ch(64), 7, stride=2, bn=bn), pool)
         self.stages, c_in = nn.ModuleList(), ch(64)
         for i, blocks in enumerate(BLOCKS[101]):
-            c_out, stride, dilation = ch(64 << i) * 4, 2 if i in (1, 2) else 1, 2 if i == 3 else 1
-            stage = [Bottleneck(c_in, c_out, stride=stride, dilation=dilation, bn=bn)]
-            stage += [
-                Bottleneck(c_out, c_out, stride=1, dilation=dilation, bn=bn)
-                for _ in range(blocks - 1)
-            ]
-            self.stages.append(nn.Sequential(*stage))
-            c_in = c_out
+            mid, stage = ch(64 << i), nn.Sequential()
+            for k in range(blocks):
+                stride = 2 if k == 0 and i in (1, 2) else 1
+                how = {"stride": stride, "dilation": 2 if i == 3 else 1, "shortcut": k == 0}
+                stage.append(ResBody(c_in, mid, mid * 4, bn=bn, **how))
+                c_in = mid * 4
+            self.stages.append(stage)
         mid, wide = ch(256), ch(1024)
         self.extras = nn.ModuleList(
             ResBody(c, mid, wide, kernel=kernel, stride=stride, bn=bn)
             for c, kernel, stride in ((c_in, 2, 2), (wide, 2, 2), (wide, 3, 1), (wide, 3, 1))
         )
         self.before_heads = nn.ModuleList(
-            ResBody(c, mid, wide, kernel=1, stride=1, bn=bn)
-            for c in (ch(128) * 4, c_in, *[wide] * 4)
+            ResBody(c, mid, wide, bn=bn) for c in (ch(128) * 4, c_in, *[wide] * 4)
         )
         self.channels = [wide] * 6
 
@@ -135,21 +184,20 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Root-ResNet of the released code: pre-activation (He et al. 2016, "Identity mappings").
 
-    The heads see BN-ReLU of a stage's sum. `caffe_compat`: they see what the released prototxt
-    names, the branch of the stage's last block before it is added, without BN or ReLU; and the last
-    two extra blocks have stride 1 as there: maps 38, 19, 10, 5, 5, 5 and 8,892 priors.
+    The heads see BN-ReLU of the sum of a stage. In CaffeCompat they see what the released network
+    definition names: the branch of the stage's last block before the sum, without BN or ReLU.
     """
 
-    def __init__(self, config: Config, depth: int, *, caffe_compat: bool = False):
+    caffe_compat = False
+
+    def __init__(self, config: Config):
         super().__init__()
-        bn, ch = config.bn in ("all", "backbone"), channel_rounding(config.width)
-        _, convs, _ = config.stem or (3, 3, 1)
+        bn, ch, caffe_compat = config.body_bn, channel_rounding(config.width), self.caffe_compat
         self.stem = nn.Sequential(
-            *[conv_bn(3 if i == 0 else ch(64), ch(64), 3, bn=bn) for i in range(convs)],
-            nn.MaxPool2d(2, 2),
+            *[conv_bn(ch(64) if i else 3, ch(64), 3, bn=bn) for i in range(3)], nn.MaxPool2d(2, 2)
         )
-        self.caffe_compat, self.stages, c_in = caffe_compat, nn.ModuleList(), ch(64)
-        for i, blocks in enumerate(BLOCKS[depth]):
+        self.stages, c_in = nn.ModuleList(), ch(64)
+        for i, blocks in enumerate(BLOCKS[18 if "18" in config.backbone else 34]):
             c_out = ch(64 << i)
             stage = [PreActBlock(c_in, c_out, stride=2 if i else 1, bn=bn, first=i == 0)]
             stage += [PreActBlock(c_out, c_out, stride=1, bn=bn) for _ in range(blocks - 1)]
@@ -166,8 +214,6 @@ class PreActResNet(nn.Module):
             else nn.Sequential(*[nn.BatchNorm2d(c)] * bn, nn.ReLU())
             for c in self.channels
         )  # fmt: skip
-        if caffe_compat:
-            self.maps_300 = (38, 19, 10, 5, 5, 5)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.stem(x), []
@@ -181,6 +227,13 @@ class PreActResNet(nn.Module):
         return maps
 
 
+class CaffeCompat(PreActResNet):
+    """Also as released: the last two extra blocks have stride 1. 8,892 priors."""
+
+    caffe_compat = True
+    maps_300 = (38, 19, 10, 5, 5, 5)
+
+
 # ------------------------------------------------------------------------------ ScratchDet512
 
 
@@ -188,8 +241,8 @@ class Root512(ResNet):
     """Root-ResNet-34 for 512x512: seven maps 64, 32, 16, 8, 4, 2, 1 (released for mmdetection)."""
 
     def __init__(self, config: Config):
-        super().__init__(config, (34, (3, 3, 1), (2, 0)))
-        bn, ch = config.bn in ("all", "backbone"), channel_rounding(config.width)
+        super().__init__(config)
+        bn, ch = config.body_bn, channel_rounding(config.width)
         c_in, c = self.channels[1], ch(128)
         blocks = [BasicBlock(c if i else c_in, c, stride=2, bn=bn) for i in range(4)]
         last = nn.Sequential(conv_bn(c, c, 3, bn=bn), conv_bn(c, c, 4, padding=1, bn=bn))
@@ -198,17 +251,6 @@ class Root512(ResNet):
 
 
 # ------------------------------------------------------------------------------ DSOD300
-
-
-class L2Norm(nn.Module):
-    """Each pixel's channels scaled to length 20 at first; a learned factor a channel (SSD)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((channels, 1, 1), 20.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.normalize(x, dim=1, eps=1e-10)
 
 
 class DenseBlock(nn.Module):
@@ -257,7 +299,7 @@ class DSOD(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        bn, ch = config.bn in ("all", "backbone"), channel_rounding(config.width)
+        bn, ch = config.body_bn, channel_rounding(config.width)
         dense = {"bottleneck": ch(192), "growth": ch(48), "bn": bn}
         self.pool = nn.MaxPool2d(2, 2, ceil_mode=True)
         self.stem = nn.Sequential(
@@ -293,15 +335,32 @@ class DSOD(nn.Module):
         return [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
 
 
-BODIES = {  # Config -> backbone, for every name in scratchdet.BASELINES
-    "resnet50": lambda config: ResNet(config, (50, (7, 1, 2), (3, 1)), Bottleneck),
-    "resnet101": lambda config: ResNet(config, (101, (7, 1, 2), (3, 1)), Bottleneck),
-    "root-resnet50": lambda config: ResNet(config, (50, (3, 3, 1), (2, 0)), Bottleneck),
-    "root-resnet101": lambda config: ResNet(config, (101, (3, 3, 1), (2, 0)), Bottleneck),
-    "root-resnet18-preact": lambda config: PreActResNet(config, 18),
-    "root-resnet34-preact": lambda config: PreActResNet(config, 34),
-    "root-resnet34-caffe-compat": lambda config: PreActResNet(config, 34, caffe_compat=True),
-    "dsod300": DSOD,
+# ------------------------------------------------------------------------------ their names
+
+scratchdet.RESNETS |= {
+    "resnet50": Layout(BLOCKS[50], stem=(7, 1, 2), pool=(3, 1)),
+    "resnet101": Layout(BLOCKS[101], stem=(7, 1, 2), pool=(3, 1)),
+    "root-resnet50": Layout(BLOCKS[50], stem=(3, 3, 1), pool=(2, 0)),
+    "root-resnet101": Layout(BLOCKS[101], stem=(3, 3, 1), pool=(2, 0)),
+    "scratchdet512": Layout(BLOCKS[34], stem=(3, 3, 1), pool=(2, 0)),
+}
+BODIES = {
+    "resnet50": BottleneckResNet,
+    "resnet101": BottleneckResNet,
+    "root-resnet50": BottleneckResNet,
+    "root-resnet101": BottleneckResNet,
+    "root-resnet18-preact": PreActResNet,
+    "root-resnet34-preact": PreActResNet,
+    "root-resnet34-caffe-compat": CaffeCompat,
     "scratchdet512": Root512,
+    "dsod300": DSOD,
     "ssd321": SSD321,
 }
+scratchdet.BODIES |= BODIES
+scratchdet.TAKES |= {name: () for name in BODIES} | {"scratchdet512": ("stem",)}
+scratchdet.TAKES |= {
+    name: ("stem", "extras") for name in BODIES if BODIES[name] is BottleneckResNet
+}
+
+if __name__ == "__main__":
+    scratchdet.main()

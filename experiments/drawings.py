@@ -1,23 +1,37 @@
 """The course's figures, one idea each, as SVG made by the very functions that they explain.
 
-    python experiments/report.py --figures              docs/figures/*.svg
+    python -m experiments.report --figures              docs/figures/*.svg
 
 Every picture is a drawn scene of shapes, and boxes have the same colours everywhere: ground truth
 green, priors grey, positives and detections orange, negatives blue. Boxes are `_xyxy`, in pixels of
 a 300x300 image unless a name says otherwise.
 """
 
+import argparse
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import data
+import eval as evaluation
 import metrics
 import ops
-import shapes
-from experiments.figures import page, text
+from experiments import errors
+from experiments.figures import page, text, ticks
 from ops.reference import hard_negatives, pairwise_iou
-from scratchdet import PRIORS, Config, ScratchDet, cxcywh_to_xyxy, make_priors, priors_per_cell
+from plumbing import shapes, sources
+from plumbing.files import decode_pixels, open_record
+from plumbing.pictures import letters
+from scratchdet import (
+    PRIORS,
+    Config,
+    ScratchDet,
+    cxcywh_to_xyxy,
+    load_detector,
+    make_priors,
+    priors_per_cell,
+)
 
 GREEN, GREY, ORANGE, BLUE = "#009e3c", "#808080", "#f58200", "#2763b8"
 INK = "#222222"  # what is none of these
@@ -130,13 +144,14 @@ def iou() -> str:
 
 def augmentation() -> str:
     """What the SSD augmentation shows of a picture: three source rectangles, three results."""
-    boxes, labels = tensor(SCENE).double().numpy(), np.arange(1, len(SCENE) + 1)
+    boxes = tensor(SCENE).double().numpy()
     parts, sources, results = [], [], []
     for seed in (16, 4, 26):  # a canvas around the picture; a part of one; a crop
         rng = np.random.default_rng(seed)
-        source = data.draw_source(boxes, labels, rng)
+        source = data.sample_source(boxes, rng)
         sources.append(source * SIDE)
-        results.append((source * SIDE, data.project(boxes, labels, source)[0]))
+        placed, kept = data.place_boxes(boxes, source)
+        results.append((source * SIDE, placed[kept]))
     outside = max(0, *(max(-s[:2].min(), s[2:].max() - SIDE) for s in sources))
     shrink = SIDE / (SIDE + 2 * outside)
     frame = (-outside, -outside, SIDE + outside, SIDE + outside)
@@ -152,13 +167,13 @@ def augmentation() -> str:
         10, 34, [*picture(), *truth(), *rectangles, *letters],
         scale=0.8, source_xyxy=frame, title=title, clip="whole",
     )  # fmt: skip
-    for i, (source, projected) in enumerate(results):
+    for i, (source, placed) in enumerate(results):
         x = 270 + 260 * i
         parts.append(f'<rect x="{x}" y="34" width="240" height="240" fill="{MEAN}"/>')
         title = f"{names[i]}: what the network sees"
         parts += panel(x, 34, picture(), scale=0.8, source_xyxy=source, title=title, clip=names[i])
-        parts += panel(x, 34, [box(b * SIDE, GREEN, 2.5) for b in projected], scale=0.8)
-        what = f"{len(projected)} of {len(SCENE)} boxes: their centre is inside"
+        parts += panel(x, 34, [box(b * SIDE, GREEN, 2.5) for b in placed], scale=0.8)
+        what = f"{len(placed)} of {len(SCENE)} boxes: their centre is inside"
         parts.append(text(x, 292, what))
     return page(1050, 304, parts)
 
@@ -236,13 +251,26 @@ def negatives() -> str:
     title = f"{int(positive.sum())} positives, {int(mined.sum())} hard negatives"
     parts = panel(20, 40, inner + truth(scene), title=title, clip="mined")
 
-    left, top, width, height = 410, 40, 330, 260
+    left, top, width, height = 430, 40, 330, 260
     some = 8 * int(mined.sum())
     order = score[~positive].sort(descending=True).values[:some].tolist()
     parts.append(box((left, top, left + width, top + height), "#888", 1))
-    title = f"-log p(background) of the {some} hardest, sorted"
-    parts.append(text(left, top - 9, title, weight="bold"))
-    cut, high = int(mined.sum()), 1.05 * order[0]
+    parts.append(text(left, top - 9, f"the {some} hardest negatives, sorted", weight="bold"))
+    cut, marks = int(mined.sum()), ticks(order[0])
+    high = marks[-1]
+    for mark in marks:
+        y = top + height * (1 - mark / high)
+        parts += [
+            line([(left - 4, y), (left, y)], "#888", 1),
+            text(left - 8, y + 4, f"{mark:g}", "end"),
+        ]
+    middle = top + height / 2
+    name = text(left - 40, middle, "loss: -log p(background)", "middle")
+    parts.append(f'<g transform="rotate(-90 {left - 40} {middle})">{name}</g>')
+    for place in (0, cut, some):
+        x = left + width * place / some
+        parts.append(text(x, top + height + 16, f"{place}", "middle"))
+    parts.append(text(left + width / 2, top + height + 32, "rank", "middle"))
     place = [(left + width * i / some, top + height * (1 - s / high)) for i, s in enumerate(order)]
     ground = top + height
     area = [(left, ground), *place[:cut], (place[cut - 1][0], ground)]
@@ -254,7 +282,7 @@ def negatives() -> str:
     parts.append(text(left + 100, ground - 132, f"the other {rest:,} are left out"))
     parts.append(text(20, 360, "green: ground truth; orange: positive priors; blue: mined negatives"
                       " (the scores are invented for this picture)"))  # fmt: skip
-    return page(770, 376, parts)
+    return page(790, 376, parts)
 
 
 def map_sizes(backbone: str) -> dict[str, tuple[int, int]]:
@@ -278,8 +306,7 @@ def map_sizes(backbone: str) -> dict[str, tuple[int, int]]:
 def network() -> str:
     """Root-ResNet-34 from the image to the six maps, every map as large as it is."""
     rows = {"image": (3, SIDE), **map_sizes("root-resnet34")}
-    boxes = make_priors(Config())
-    parts, x, base = [], 20, 190
+    parts, heads, x, base = [], [], 20, 190
     per_cell = priors_per_cell(Config())
     taps = list(rows)[-6:]
     for name, (channels, side) in rows.items():
@@ -302,20 +329,43 @@ def network() -> str:
             corners = " ".join(f"{px:.1f},{py:.1f}" for px, py in face)
             parts.append(f'<polygon points="{corners}" fill="{shade}" stroke="{colour}"/>')
         parts.append(box((x, base - high, x + deep, base), colour, 1, fill="#ffffff"))
-        wide = max(deep + skew, 58)
+        wide = max(deep + skew, 60)
         parts.append(text(x, base + 18, name, weight="bold"))
         parts.append(text(x, base + 34, f"{side}x{side}"))
         parts.append(text(x, base + 50, f"{channels} ch."))
         if tap:
-            a = per_cell[taps.index(name)]
-            parts.append(line([(x + 20, base + 58), (x + 20, base + 78)], ORANGE, 1.5))
-            parts.append(text(x, base + 94, f"{side * side * a:,}"))
+            heads.append((x, side, per_cell[taps.index(name)]))
         x += wide + 12
-    parts.append(line([(20 + 70 * 5, base + 102), (x - 20, base + 102)], ORANGE, 1.5))
-    what = f"head: two 3x3 convolutions on each orange map, {len(boxes):,} priors in all"
-    parts.append(text(20 + 70 * 5, base + 120, what))
+    parts += head_of(heads, base + 62)
     parts.append(text(20, 24, "Root-ResNet-34: height = side of the map, thickness = channels"))
-    return page(x + 4, base + 132, parts)
+    return page(x + 44, base + 240, parts)
+
+
+def head_of(maps: list[tuple], top: float) -> list:
+    """The head below the six maps (x, side, priors per cell): two convolutions on each."""
+    parts, total = [], sum(side * side * a for _, side, a in maps)
+    rows = (("boxes: 3x3 conv.", 4), ("classes: 3x3 conv.", 21))
+    for r, (what, values) in enumerate(rows):
+        y = top + 20 + 54 * r
+        parts.append(text(maps[0][0] - 12, y + 22, what, "end", weight="bold"))
+        for x, side, a in maps:
+            if r == 0:
+                parts.append(line([(x + 28, top - 4), (x + 28, y)], ORANGE, 1.2))
+            else:
+                way = [(x + 28, top + 8), (x + 62, top + 8), (x + 62, y + 19), (x + 56, y + 19)]
+                parts.append(line(way, ORANGE, 1.2))
+            parts.append(box((x, y, x + 56, y + 38), ORANGE, 1.2, fill="#ffffff"))
+            parts.append(text(x + 28, y + 16, f"{side}x{side}", "middle"))
+            parts.append(text(x + 28, y + 31, f"{a * values} ch.", "middle"))
+    y = top + 142
+    parts.append(text(maps[0][0] - 12, y, "priors", "end", weight="bold"))
+    for x, side, a in maps:
+        parts.append(text(x + 28, y, f"{side * side * a:,}", "middle"))
+    left, last = maps[0][0], maps[-1][0]
+    parts.append(line([(left, y + 8), (last + 56, y + 8)], ORANGE, 1.5))
+    words = f"joined: {total:,} priors, each with 4 offsets and 21 scores (VOC: 20 and background)"
+    parts.append(text(left, y + 26, words))
+    return parts
 
 
 def root() -> str:
@@ -384,29 +434,10 @@ def suppression() -> str:
 
 
 def average_precision() -> str:
-    """A precision-recall curve by metrics.voc_ap, its envelope and the 11 points."""
-    order = [1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0]  # right or wrong, best first
+    """A precision-recall curve by metrics.average_precision, its envelope and the 11 points."""
+    right = np.array([1, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0])  # or wrong, best score first
     objects = 9
-    records, found = [], []
-    for i in range(max(objects, len(order))):
-        there = i < objects
-        truth_xyxy = np.array([[10.0, 10.0, 60.0, 60.0]])[: int(there)]
-        one = np.ones(int(there), int)
-        records.append(
-            data.Record(str(i), None, (100, 100), truth_xyxy, one, one < 1, one * 2500.0)
-        )
-    image = iter(range(objects))
-    for rank, right in enumerate(order):
-        where = next(image) if right else objects - 1
-        xyxy = np.array([[10.0, 10.0, 60.0, 60.0]]) if right else np.array([[70.0, 70, 90, 90]])
-        found.append((where, metrics.Detections(xyxy, np.array([1 - rank / 20]), np.array([1]))))
-    empty = metrics.Detections(np.empty((0, 4)), np.empty(0), np.empty(0, int))
-    merged = []
-    for i in range(len(records)):
-        mine = [d for where, d in found if where == i] or [empty]
-        merged.append(metrics.Detections(*(np.concatenate(c) for c in zip(*mine, strict=True))))
-    result = metrics.voc_ap(records, merged, 1)
-    recall, precision = result["curves"][0]
+    ap11, area, recall, precision = metrics.average_precision(right, 1 - right, objects)
 
     left, top, width, height = 60, 40, 420, 260
 
@@ -419,29 +450,61 @@ def average_precision() -> str:
         parts.append(text(x, top + height + 18, f"{k / 10:g}", "middle"))
         if k % 2 == 0:
             parts.append(text(left - 8, at(0, k / 10)[1] + 4, f"{k / 10:g}", "end"))
-    hits = np.cumsum(order)
+    hits = np.cumsum(right)
     raw = [at(h / objects, h / n) for n, h in enumerate(hits, 1)]
     parts.append(line(raw, GREY, 1.5))
     envelope, before = [], 0.0
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    for r, p in zip(recall, best, strict=True):
+    for r, p in zip(recall, metrics.best_precision(recall, precision, recall), strict=True):
         envelope += [at(before, p), at(r, p)]
         before = r
     envelope += [at(before, 0), at(1, 0)]
     parts.append(line(envelope, ORANGE, 2.5))
-    for k in range(11):
-        reached = best[recall >= k / 10]
-        parts.append(dot(*at(k / 10, reached[0] if len(reached) else 0), GREEN, 5))
+    points = np.arange(0, 1.1, 0.1)
+    for r, p in zip(points, metrics.best_precision(recall, precision, points), strict=True):
+        parts.append(dot(*at(r, p), GREEN, 5))
     parts.append(text(left + width / 2, top + height + 38, "recall: found / objects", "middle"))
     parts.append(text(left, top - 12, "precision: found / detections so far", weight="bold"))
     x = left + width + 30
     parts += [line([(x, 74), (x + 26, 74)], GREY, 1.5), text(x + 36, 78, "detection by detection")]
     parts += [line([(x, 104), (x + 26, 104)], ORANGE, 2.5)]
     parts += [text(x + 36, 108, "best precision at this recall or more")]
-    parts += [text(x + 36, 126, f"its area: AP {result['area'][0]:.3f}")]
+    parts += [text(x + 36, 126, f"its area: AP {area:.3f}")]
     parts += [dot(x + 13, 152, GREEN, 5), text(x + 36, 156, "the 11 points of VOC2007")]
-    parts += [text(x + 36, 174, f"their mean: AP {result['ap11'][0]:.3f}")]
+    parts += [text(x + 36, 174, f"their mean: AP {ap11:.3f}")]
     return page(780, 360, parts)
+
+
+def detections(run: str, side: int = 360, min_score: float = 0.5) -> Image.Image:
+    """What a run on shapes detects in the first six square test pictures of 3 to 6 shapes."""
+    parser = argparse.ArgumentParser()
+    evaluation.add_shared_flags(parser)
+    path = errors.checkpoint_of(run)
+    model, checkpoint = load_detector(path)
+    where, sets, _ = sources.from_run(parser.parse_args([]), checkpoint["args"])
+    records = sources.open_data(where, sets, model.config.classes)[0]
+    square = [record for record in records if record.size[0] == record.size[1]]
+    records = [record for record in square if 3 <= len(record.labels) <= 6][:6]
+    found, gap = evaluation.run_detector(model, records, what=None), 6
+    sheet = Image.new("RGB", (3 * side + 2 * gap, 2 * side + gap), "white")
+    for n, (record, one) in enumerate(zip(records, found, strict=True)):
+        image = decode_pixels(open_record(record), record)
+        scale = side / max(image.size)
+        image = image.resize([round(v * scale) for v in image.size], Image.Resampling.LANCZOS)
+        pen, font = ImageDraw.Draw(image), letters(side // 19)
+        order = np.argsort(one.scores)  # the best comes on top
+        order = order[one.scores[order] >= min_score]
+        for box_xyxy in (one.boxes_xyxy[order] * scale).tolist():
+            pen.rectangle(box_xyxy, outline=ORANGE, width=3)
+        for i in order:
+            x0, y0, _, _ = (one.boxes_xyxy[i] * scale).tolist()
+            words = f"{model.config.classes[one.labels[i] - 1]} {one.scores[i]:.2f}"
+            x = min(x0, image.width - pen.textlength(words, font=font) - 6)
+            y = y0 - side // 16 if y0 > side // 16 else y0
+            left, top, right, bottom = pen.textbbox((x + 3, y), words, font=font)
+            pen.rectangle((left - 3, top - 3, right + 3, bottom + 3), ORANGE)
+            pen.text((x + 3, y), words, fill="black", font=font)
+        sheet.paste(image, ((n % 3) * (side + gap), (n // 3) * (side + gap)))
+    return sheet
 
 
 FIGURES = {

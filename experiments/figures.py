@@ -2,10 +2,11 @@
 
 import json
 import math
+import statistics
 from html import escape
 
 COLOURS = ("#1f5fbf", "#c23b22", "#2e8b57", "#b8860b", "#7b3fa0", "#444444")
-POINTS = 240  # of a drawn curve
+POINTS = 300  # of a drawn curve
 
 
 def read_log(folder, what="loss"):
@@ -32,7 +33,11 @@ def moving_average(values, window):
 
 def gradients(logs):
     """Figure 1. {name: rows of read_log} -> SVG: loss, gradient's norm and its fluctuation."""
-    panels = {"training loss": {}, "L2 norm of the gradient": {}, "its fluctuation, smoothed": {}}
+    panels = {
+        "training loss": {},
+        "L2 norm of the gradient": {},
+        "its change from step to step": {},
+    }
     loss, norm, jitter = panels.values()
     for name, log in logs.items():
         steps, norms = [row["step"] for row in log], [row["grad_norm"] for row in log]
@@ -41,57 +46,110 @@ def gradients(logs):
         norm[name] = list(zip(steps, moving_average(norms, window), strict=True))
         smooth = moving_average(fluctuation(norms), window)
         jitter[name] = list(zip(steps[1:], smooth, strict=True))
-    return curves(panels)
+    return curves(panels, x_name="step", log=True)
 
 
-def curves(panels, width=330, height=240):
-    """{title: {name: [(x, y)]}} -> SVG, panels side by side, one legend below. y starts at 0."""
+# ------------------------------------------------------------------------------ one chart
+
+
+def ticks(high):
+    """Round numbers from 0 to at least `high`, three to six of them."""
+    unit = 10.0 ** math.floor(math.log10(high))
+    step = next(s * unit for s in (0.2, 0.25, 0.5, 1.0, 2.0) if high / (s * unit) <= 5)
+    return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def log_ticks(low, high):
+    """1, 2 and 5 times powers of ten around low to high; the powers alone if that is many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    all_of_them = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+    first = max((i for i, t in enumerate(all_of_them) if t <= low), default=0)
+    last = next((i for i, t in enumerate(all_of_them) if t >= high), len(all_of_them) - 1)
+    marks = all_of_them[first : last + 1]
+    marks = marks if len(marks) <= 7 else [10.0**p for p in powers]
+    return marks if len(marks) > 1 else [marks[0], 10 * marks[0]]
+
+
+def top_of(lines):
+    """How high an axis must reach: to all but single peaks, and not to a run that diverges, which
+    may leave the frame at twice the lower half of the runs."""
+    tops = []
+    for line in lines:
+        values = sorted(y for _, y in line)
+        tops.append(values[math.ceil(0.995 * (len(values) - 1))])
+    return min(max(tops), 2 * statistics.median_low(tops)) or 1.0 if tops else 1.0
+
+
+def chart(
+    lines, key, x0=0, y0=0, width=360, height=230, *, x_max=None, y_max=None, x_name="", log=False
+):
+    """One panel at (x0, y0): {number: [(x, y)]} -> SVG elements. Line n has the class `run<n>`,
+    which the style of the page or of the file gives a colour. `key`: a name of the panel's own.
+    """
+    left, top, w, h = x0 + 52, y0 + 12, width - 66, height - 50
+    points = [p for line in lines.values() for p in line]
+    x_high = x_max or max((x for x, _ in points), default=0) or 1.0
+    if log:
+        positive = sorted(y for _, y in points if y > 0) or [1.0]
+        marks = log_ticks(positive[0], positive[math.ceil(0.995 * (len(positive) - 1))])
+    else:
+        marks = ticks(y_max or top_of(lines.values()))
+    high = math.log(marks[-1] / marks[0]) if log else y_max or marks[-1]
+
+    def place(x, y):
+        share = (math.log(max(y, 1e-9) / marks[0]) if log else y) / high
+        return left + w * x / x_high, top + h - h * share
+
+    def label(x, y, anchor, words):
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+    frame = f'<rect x="{left}" y="{top}" width="{w}" height="{h}"'
+    parts = [f'<clipPath id="{key}">{frame}/></clipPath>']
+    for y in marks:
+        at = place(0, y)[1]
+        if at > top - 1:
+            parts.append(f'<path class="grid" d="M{left} {at:.1f}h{w}" fill="none"/>')
+            parts.append(label(left - 6, at + 4, "end", f"{y:,g}"))
+    for x in ticks(x_high):
+        if x <= x_high * 1.01:
+            parts.append(label(place(x, marks[0])[0], top + h + 16, "middle", f"{x:,g}"))
+    parts.append(label(left + w / 2, y0 + height - 4, "middle", x_name))
+    for number, line in lines.items():
+        some = [place(*p) for p in line[:: max(1, len(line) // POINTS)] + line[-1:]]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in some)
+        parts.append(f'<polyline class="line run{number}" points="{path}" fill="none" '
+                     f'clip-path="url(#{key})"/>')  # fmt: skip
+        for x, y in some[: len(line)] if len(line) < 20 else ():  # few enough to tell apart
+            parts.append(f'<circle class="run{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+    return parts
+
+
+def curves(panels, width=330, height=250, **axes):
+    """{title: {name: [(x, y)]}} -> SVG file: panels side by side, one legend below."""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     parts = []
     for i, (title, lines) in enumerate(panels.items()):
-        left, top, w, h = i * width + 46, 28, width - 62, height - 62
-        points = [p for line in lines.values() for p in line]
-        x_max = max((x for x, _ in points), default=1) or 1
-        tall = sorted(y for _, y in points)  # single peaks may leave the frame
-        y_max = axis_end(tall[math.ceil(0.995 * (len(tall) - 1))] if tall else 0.0)
-        parts.append(f'<clipPath id="frame{i}"><rect x="{left}" y="{top}" width="{w}" '
-                     f'height="{h}"/></clipPath>')  # fmt: skip
-        parts.append(f'<rect x="{left}" y="{top}" width="{w}" height="{h}" class="frame"/>')
-        parts.append(text(left + w / 2, top - 10, title, "middle"))
-        for k in range(5):
-            y = top + h - h * k / 4
-            parts.append(text(left - 6, y + 4, f"{y_max * k / 4:.3g}", "end"))
-            if 0 < k < 4:
-                parts.append(f'<path d="M{left} {y:.1f}h{w}" class="grid"/>')
-        parts.append(text(left, top + h + 16, "0", "middle"))
-        parts.append(text(left + w, top + h + 16, f"{round(x_max, 1):,g}", "end"))
-        for name, line in lines.items():
-            some = line[:: max(1, len(line) // POINTS)] + line[-1:]
-            places = [(left + w * x / x_max, top + h - h * y / y_max) for x, y in some]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline points="{path}" stroke="{colour[name]}" fill="none" '
-                         f'stroke-width="1.5" clip-path="url(#frame{i})"/>')  # fmt: skip
-            for x, y in places[: len(line)] if len(line) < 20 else ():  # few enough to tell apart
-                circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour[name]}"/>'
-                parts.append(circle)
+        numbered = {names.index(name): line for name, line in lines.items()}
+        parts.append(text(i * width + 52, 18, title, weight="bold"))
+        parts += chart(numbered, f"frame{i}", i * width, 20, width, height, **axes)
     for i, name in enumerate(names):
-        y = height + 4 + 18 * i
-        parts.append(f'<path d="M46 {y}h24" stroke="{colour[name]}" stroke-width="3"/>')
-        parts.append(text(78, y + 4, name))
-    return page(len(panels) * width, height + 18 * len(names) + 8, parts)
+        y = height + 36 + 18 * i
+        parts.append(f'<path class="line run{i}" d="M52 {y}h24" fill="none"/>')
+        parts.append(text(84, y + 4, name))
+    return page(len(panels) * width, height + 18 * len(names) + 36, parts)
 
 
 def dots(rows, title, unit="mAP in %"):
     """[(name, [a number a seed], remark)] -> SVG, a row each: a dot a seed, a bar to the mean."""
     left, width, step = 330, 420, 22
-    x_max = axis_end(max((n for _, numbers, _ in rows for n in numbers), default=1.0))
+    marks = ticks(1.05 * max((n for _, numbers, _ in rows for n in numbers), default=1.0) or 1.0)
+    x_max = marks[-1]
     parts = [text(10, 18, f"{title}; {unit}", weight="bold")]
     bottom = 34 + step * len(rows)
-    for k in range(5):
-        x = left + width * k / 4
+    for mark in marks:
+        x = left + width * mark / x_max
         parts.append(f'<path d="M{x:.1f} 30V{bottom}" class="grid"/>')
-        parts.append(text(x, bottom + 16, f"{x_max * k / 4:.3g}", "middle"))
+        parts.append(text(x, bottom + 16, f"{mark:.3g}", "middle"))
     for i, (name, numbers, remark) in enumerate(rows):
         y = 44 + step * i
         parts.append(text(left - 10, y + 4, name, "end"))
@@ -107,13 +165,6 @@ def dots(rows, title, unit="mAP in %"):
     return page(left + width + 30, bottom + 28, parts)
 
 
-def axis_end(largest):
-    """A little above the largest value; its quarters are round numbers."""
-    quarter = 1.05 * largest / 4 if largest > 0 else 0.25
-    power = 10 ** math.floor(math.log10(quarter))
-    return 4 * next(power * s for s in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if power * s >= quarter)
-
-
 def text(x, y, words, anchor="start", weight="normal"):
     """One line of text."""
     return (
@@ -126,8 +177,10 @@ def page(width, height, parts):
     """The SVG file, on white: it is read on dark pages, too."""
     style = (
         "text{font-size:12px;font-family:sans-serif;fill:#222}"
-        ".frame{fill:none;stroke:#888}.grid{stroke:#ddd}"
-    )
+        ".grid{stroke:#ddd}.line{stroke-width:1.6;stroke-linejoin:round}"
+        + "".join(f".line.run{i}{{stroke:{c}}}circle.run{i}{{fill:{c}}}"
+                  for i, c in enumerate(COLOURS))
+    )  # fmt: skip
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
     )

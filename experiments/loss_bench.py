@@ -1,6 +1,6 @@
 """Time the loss and the mining of negatives beside torchvision's SSD.compute_loss.
 
-    python experiments/loss_bench.py [--batch-size 32] [--rounds 9] [--threads 1]
+    python -m experiments.loss_bench [--batch-size 32] [--rounds 9] [--threads 1]
 
 CPU seconds of this process; the two take turns, and each has its median over the rounds. Matching
 is done before, once, and both get it. The rules coincide (mining by the background's cross-entropy,
@@ -10,21 +10,17 @@ losses must be equal, or there is no number. Without torchvision only ours is ti
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-import ops  # noqa: E402
-from machine import hardware  # noqa: E402
-from scratchdet import Config, cxcywh_to_xyxy, make_priors, multibox_loss  # noqa: E402
+import ops
+from plumbing.machine import hardware
+from scratchdet import Config, cxcywh_to_xyxy, make_priors, multibox_loss
 
 try:
     from torchvision.models.detection._utils import BoxCoder
@@ -83,7 +79,8 @@ def median_ms(functions: list, rounds: int) -> list[float]:
 def main(argv: list[str] | None = None) -> float | None:
     """Print the table; -> the ratio of the forward pass in training, None without torchvision."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=21, help="with background")

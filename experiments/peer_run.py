@@ -1,6 +1,6 @@
 """torchvision's SSD300-VGG16 from random weights, on the same images in the same time.
 
-    python experiments/peer_run.py --voc-root DIR --minutes 15 [--out runs/peer] [--resume]
+    python -m experiments.peer_run --voc-root DIR --minutes 15 [--out runs/peer] [--resume]
 
 Its network, priors, loss and post-processing, and the recipe of its references/detection: SGD,
 0.002 for 32 images, momentum 0.9, decay 5e-4, a tenth at 80/120 and at 110/120 of the run. Our
@@ -11,31 +11,29 @@ Ctrl-C and SIGTERM save; --resume goes on. OUT/results.json as train.py's. Needs
 """
 
 import argparse
-import json
 import os
-import signal
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import machine  # noqa: E402
-import train  # noqa: E402
-from metrics import Detections  # noqa: E402
-from scratchdet import Config  # noqa: E402
+import data
+import eval as evaluation
+from metrics import Detections, results_text, summarise
+from ops.reference import per_channel
+from plumbing import machine, plan
+from plumbing.program import Progress, StopSignals, run_program
+from plumbing.run_folder import write_checkpoint, write_json
+from plumbing.voc import VOC_CLASSES, read_voc
+from scratchdet import Config
 
 INPUT = Config(std=(255.0,) * 3)  # for prepare(): (pixel - mean) / 255
 
 
 def inputs(batch: data.Batch) -> list[Tensor]:
     """What torchvision wants: images (3,300,300) in 0..1; outside the photograph, the mean."""
-    mean = data.per_channel(INPUT.mean, batch.images.device) / 255
+    mean = per_channel(INPUT.mean, batch.images.device) / 255
     return list(data.prepare(batch, INPUT) + mean)
 
 
@@ -49,7 +47,7 @@ def targets(batch: data.Batch) -> list[dict[str, Tensor]]:
 @torch.no_grad()
 def detections(model, records, batch_size: int, workers: int, device) -> list[Detections]:
     """Of all records, in pixels of the original images."""
-    found, progress = [], evaluation.Progress(len(records), "evaluating")
+    found, progress = [], Progress(len(records), "evaluating")
     for batch in data.ordered_batches(records, 300, batch_size=batch_size, workers=workers):
         for i, one in zip(batch.indices.tolist(), model(inputs(data.to_device(batch, device))),
                           strict=True):  # fmt: skip
@@ -66,7 +64,8 @@ def main(argv: list[str] | None = None) -> dict:
     from torchvision.models.detection import ssd300_vgg16
 
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--voc-root", metavar="DIR", required=True)
@@ -87,8 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
     machine.keep_large_tensors()
     device, out = torch.device(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    records, classes = data.read_voc(args.voc_root, args.train_sets, data.VOC_CLASSES)
-    test, _ = data.read_voc(args.voc_root, args.eval_sets, classes)
+    records, classes = read_voc(args.voc_root, args.train_sets, VOC_CLASSES)
+    test, _ = read_voc(args.voc_root, args.eval_sets, classes)
 
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=1 + len(classes))
     model = model.to(device, memory_format=torch.channels_last).train()
@@ -120,15 +119,13 @@ def main(argv: list[str] | None = None) -> dict:
     batches = stream(first)
     if not iterations:
         states = model, optimizer
-        each = train.seconds_a_step(lambda: one_step(batches), states, 3 * args.minutes)
+        each = plan.seconds_per_step(lambda: one_step(batches), states, 3 * args.minutes)
         iterations = max(1, int(60 * args.minutes / each))
         batches = stream(0)
     print(f"{iterations:,} steps of {args.batch_size} images on {machine.processor(device)}, "
           f"torch {torch.__version__}, {'bf16' if bf16 else 'fp32'}", flush=True)  # fmt: skip
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: stop.append(number))
-    begin = shown = time.perf_counter()
+    stop, begin = StopSignals().__enter__(), time.perf_counter()
+    shown = begin
     for step in range(first, iterations):
         drops = (step >= iterations * 80 / 120) + (step >= iterations * 110 / 120)
         for group in optimizer.param_groups:
@@ -143,24 +140,18 @@ def main(argv: list[str] | None = None) -> dict:
                 f"{args.batch_size * speed:.1f} images/s  ETA {left:.0f} s",
                 flush=True,
             )
-        if last or stop:
+        if last or stop.number:
             state = {"step": step + 1, "iterations": iterations, "model": model.state_dict()}
-            train.save(out / "last.pt", state | {"optimizer": optimizer.state_dict()})
-        if stop and not last:
+            write_checkpoint(out / "last.pt", state | {"optimizer": optimizer.state_dict()})
+        if stop.number and not last:
             print(f"stopped after {step + 1} steps; the same command with --resume goes on")
-            sys.exit(128 + stop[0])
+            return 128 + stop.number
     found = detections(model.eval(), test, args.batch_size, args.workers, device)
-    results = evaluation.summarise(
-        test, found, classes, evaluation.metric_of("voc", args.eval_sets)
-    )
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(evaluation.report(results))
+    results = summarise(test, found, classes, evaluation.metric_of("voc", args.eval_sets))
+    write_json(out / "results.json", results)
+    print(results_text(results))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

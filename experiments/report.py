@@ -1,14 +1,15 @@
 """Run folders of train.py -> one HTML page with all that is known; and the course's figures.
 
-    python experiments/report.py RUN [RUN ...] --out report.html       several runs: overlaid
-    python experiments/report.py --figures [RUN ...]                    docs/figures/*.svg
-    python experiments/report.py --budget budget.svg RUN [RUN ...]      mAP against their cost
+    python -m experiments.report RUN [RUN ...] --out report.html       several runs: overlaid
+    python -m experiments.report --figures [RUN ...]                   docs/figures/*.svg
+    python -m experiments.report --budget budget.svg RUN [RUN ...]     mAP against their cost
 
 The page is one file without a script: it opens from the disk, offline, for ever. Curves, colours
 for light and dark, and the switches that hide a run are SVG and CSS. train.py calls `write` at its
 end: OUT/report.html.
 
 A run folder holds log.jsonl and run.json and, when it has ended, results.json and detections/.
+With errors.json (python -m experiments.errors RUN) the page shows what the detector gets wrong.
 """
 
 import argparse
@@ -16,25 +17,23 @@ import base64
 import io
 import json
 import math
-import statistics
-import sys
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from experiments import figures
+from plumbing.program import run_program
 
 ROOT = Path(__file__).parents[1]
 LIGHT = ("#1f5fbf", "#c23b22", "#2e8b57", "#9a6b00", "#7b3fa0", "#555555")
 DARK = ("#7fb0ff", "#ff8f78", "#74d3a0", "#e8b84a", "#cf9df0", "#bbbbbb")
-POINTS = 300  # of a drawn curve
 PICTURE = 1200  # width in pixels that a sheet of detections is shrunk to
 WHOLE = ("mAP", "learning rate", "images/s, since the start")  # curves of which none diverges
 SHOWN = ("backbone", "bn", "width", "lr", "batch_size", "iterations", "recipe", "data", "seed")
+WHERE = ("commit", "torch", "machine")
 
 
 class Run(NamedTuple):
@@ -44,6 +43,7 @@ class Run(NamedTuple):
     measured: list[dict]  # mAP on the way (--eval-every) and at the end
     results: dict | None  # results.json, once the run has ended
     sheet: Path | None  # the last picture of detections
+    errors: dict | None  # errors.json
 
 
 def read_run(folder: str | Path) -> Run:
@@ -59,6 +59,8 @@ def read_run(folder: str | Path) -> Run:
         log = figures.read_log(folder)
         results = folder / "results.json"
         results = json.loads(results.read_text()) if results.is_file() else None
+        errors = folder / "errors.json"
+        errors = json.loads(errors.read_text()) if errors.is_file() else None
     except ValueError as e:
         raise ValueError(f"{folder}: a file of the run is damaged ({e})") from None
     if not log:
@@ -67,7 +69,7 @@ def read_run(folder: str | Path) -> Run:
     measured += [results | {"step": log[-1]["step"]}] if results else []
     sheets = sorted((folder / "detections").glob("[0-9]" * 7 + ".png"))  # of steps, no others
     name = folder.resolve().name
-    return Run(name, about, log, measured, results, sheets[-1] if sheets else None)
+    return Run(name, about, log, measured, results, sheets[-1] if sheets else None, errors)
 
 
 # ------------------------------------------------------------------------------ curves
@@ -95,7 +97,7 @@ def series(run: Run) -> dict[str, list[tuple[float, float]]]:
         "gradient norm (L2)": smooth(norms),
         "fluctuation of the gradient norm": smooth(figures.fluctuation(norms)),
         "learning rate": list(zip(steps, column("lr"), strict=True)),
-        "positive priors an image": smooth(column("positives")),
+        "positive priors per image": smooth(column("positives")),
         "images/s, since the start": list(zip(steps, column("images_per_s"), strict=True)),
     }
     if len(run.measured) > bool(run.results):  # --eval-every
@@ -109,51 +111,12 @@ def smoothing(run: Run) -> int:
     return max(1, len(run.log) // 50)
 
 
-def ticks(high: float) -> list[float]:
-    """Round numbers from 0 to at least `high`, three to six of them."""
-    unit = 10.0 ** math.floor(math.log10(high))
-    step = next(s * unit for s in (0.2, 0.25, 0.5, 1.0, 2.0) if high / (s * unit) <= 5)
-    return [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]
-
-
-def top_of(lines) -> float:
-    """How high an axis must reach: to all but single peaks, and not to a run that diverges, which
-    may leave the frame at twice the lower half of the runs."""
-    tops = []
-    for line in lines:
-        values = sorted(y for _, y in line)
-        tops.append(values[math.ceil(0.995 * (len(values) - 1))])
-    return min(max(tops), 2 * statistics.median_low(tops)) or 1.0 if tops else 1.0
-
-
-def chart(title, lines, *, width=360, height=230, x_max=None, y_max=None, x_name="step") -> str:
-    """One panel: {number of the run: [(x, y)]} -> SVG. Colours come from the page's style."""
-    left, top, w, h = 52, 12, width - 66, height - 50
-    x_high = x_max or max((x for line in lines.values() for x, _ in line), default=1.0)
-    y_high = y_max or ticks(top_of(lines.values()))[-1]
+def chart(title: str, lines: dict[int, list], *, width=360, height=230, **axes) -> str:
+    """One panel of figures.chart as an SVG of the page; lines by the number of their run."""
     key = "".join(c if c.isalnum() else "-" for c in title)
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    parts.append(f'<clipPath id="{key}"><rect x="{left}" y="{top}" width="{w}" height="{h}"/>'
-                 "</clipPath>")  # fmt: skip
-    for y in ticks(y_high):
-        if y <= y_high * 1.0001:
-            at = top + h - h * y / y_high
-            parts.append(f'<path class="grid" d="M{left} {at:.1f}h{w}"/>')
-            parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:,g}</text>')
-    for x in ticks(x_high):
-        if x <= x_high * 1.0001:
-            at = left + w * x / x_high
-            parts.append(
-                f'<text x="{at:.1f}" y="{top + h + 16}" text-anchor="middle">{x:,g}</text>'
-            )
-    parts.append(f'<text x="{left + w / 2}" y="{height - 4}" text-anchor="middle">{x_name}</text>')
-    for number, line in lines.items():
-        some = line[:: max(1, len(line) // POINTS)] + line[-1:]
-        path = " ".join(f"{left + w * x / x_high:.1f},{top + h - h * y / y_high:.1f}"
-                        for x, y in some)  # fmt: skip
-        parts.append(f'<polyline class="line run{number}" points="{path}" '
-                     f'clip-path="url(#{key})"/>')  # fmt: skip
-    return "".join([*parts, "</svg>"])
+    parts = figures.chart(lines, key, width=width, height=height, **axes)
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+    return "".join([head, *parts, "</svg>"])
 
 
 # ------------------------------------------------------------------------------ the page
@@ -191,18 +154,71 @@ def names(runs: list[Run]) -> list[str]:
     return [f'<i class="key run{i}"></i>{escape(run.name)}' for i, run in enumerate(runs)]
 
 
+METRICS = {"voc07": "11-point, VOC2007", "voc": "area", "coco": "COCO"}
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.1f}"
+
+
+def lead(runs: list[Run], *, compared: bool = False) -> str:
+    """What a reader wants first: mAP in large digits, and a sentence on each run."""
+    parts = []
+    for i, run in enumerate(runs):
+        name = f'<i class="key run{i}"></i>{escape(run.name)}' if len(runs) > 1 else ""
+        number = f"mAP {percent(run.results['mAP'])} %" if run.results else "not measured yet"
+        parts.append(f'<div class="of run{i}"><p class="big">{number}<small> {name}</small></p>'
+                     f"<p>{escape(sentence(run))}</p></div>")  # fmt: skip
+    if len(runs) > 1 and not compared:
+        parts.append("<p>How sure the difference is, and what changed: <code>python -m "
+                     "experiments.compare RUN RUN --out page.html</code>.</p>")  # fmt: skip
+    return "".join(parts)
+
+
+def sentence(run: Run) -> str:
+    """The results in words."""
+    if not run.results:
+        step, last = run.log[-1]["step"] + 1, run.about["args"]["iterations"]
+        return f"The run has not ended: step {step:,} of {last:,}, loss {run.log[-1]['loss']:.3g}."
+    r, errors = run.results, run.errors
+    words = f"{METRICS.get(r['metric'], r['metric'])} mAP"
+    if "objects" in r:
+        words += f" on {r['images']:,} images with {r['objects']:,} objects"
+    words += "."
+    if errors:
+        cost = {name: row["cost"] for name, row in errors["kinds"].items()}
+        most = max(cost, key=cost.get)
+        words += (
+            f" At each class's best threshold it finds {errors['found']:,} of {errors['objects']:,}"
+            f" objects, and {errors['right']:,} of the {errors['shown']:,} detections that it shows"
+            f" are right. {ERRORS[most][0]} cost most: {cost[most]:.1f} points of AP50."
+        )
+    key = class_key(r)
+    ranked = sorted((v[key], name) for name, v in r["per_class"].items() if v[key] is not None)
+    if len(ranked) > 1:
+        words += (f" Best class: {ranked[-1][1]} ({percent(ranked[-1][0])} %), weakest: "
+                  f"{ranked[0][1]} ({percent(ranked[0][0])} %).")  # fmt: skip
+    return words
+
+
+def class_key(result: dict) -> str:
+    """The name of the AP per class that the run's metric averages."""
+    by_metric = {"voc07": "ap_11point", "voc": "ap_area", "coco": "ap_coco"}
+    return by_metric.get(result["metric"], "ap_area")
+
+
 def overview(runs: list[Run]) -> str:
-    """One row a run: what it was, what it reached."""
-    rows = []
-    for name, run in zip(names(runs), runs, strict=True):
+    """One column per run: what it was, what it reached."""
+    columns = []
+    for run in runs:
         args, result = run.about["args"], run.results or {}
         ended = "yes" if run.results else f"no, at step {run.log[-1]['step'] + 1}"
-        rows.append([name, shown(result.get("mAP")), shown(result.get("metric")), ended,
-                     shown(run.log[-1]["loss"], 3), *(plain(args.get(key)) for key in SHOWN),
-                     shown(run.about.get("commit")), shown(run.about.get("torch")),
-                     shown(run.about.get("machine"))])  # fmt: skip
-    head = ["run", "mAP", "metric", "ended", "last loss", *SHOWN, "commit", "torch", "machine"]
-    return table([h.replace("_", " ") for h in head], rows)
+        columns.append([shown(result.get("mAP")), shown(result.get("metric")), ended,
+                        shown(run.log[-1]["loss"], 3), *(plain(args.get(key)) for key in SHOWN),
+                        *(shown(run.about.get(key)) for key in WHERE)])  # fmt: skip
+    head = ["mAP", "metric", "ended", "last loss", *SHOWN, *WHERE]
+    rows = [[name.replace("_", " "), *cells] for name, *cells in zip(head, *columns, strict=True)]
+    return table(["run", *names(runs)], rows)
 
 
 def training(runs: list[Run]) -> str:
@@ -213,16 +229,16 @@ def training(runs: list[Run]) -> str:
     for title in titles:
         lines = {i: some[title] for i, some in enumerate(curves) if some.get(title)}
         highest = max((y for line in lines.values() for _, y in line), default=0.0)
-        whole = ticks(highest or 1.0)[-1] if title in WHOLE else None
-        caption, panel = escape(title), chart(title, lines, y_max=whole)
+        whole = figures.ticks(highest or 1.0)[-1] if title in WHOLE else None
+        caption, panel = escape(title), chart(title, lines, y_max=whole, x_name="step")
         parts.append(f"<figure>{panel}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
     parts.append(
-        "<p>Fluctuation is our definition, for the paper's Figure 1 (c) gives none: |g<sub>t</sub> "
-        "− g<sub>t−1</sub>|, the difference of two steps' L2 norms of the gradient. Loss, norm, "
-        "fluctuation and positives are moving averages over the last steps, in number: "
-        f"{windows}. A curve that diverges leaves its frame.</p>"
+        "<p>The fluctuation is |g<sub>t</sub> − g<sub>t−1</sub>|, the change of the gradient's L2 "
+        "norm from one step to the next. This definition is ours: the paper's Figure 1 (c) gives "
+        "none. Loss, norm, fluctuation and positives are moving averages over the last steps "
+        f"({windows}). A curve that diverges leaves its frame.</p>"
     )
     rows = []
     for i, run in enumerate(runs):
@@ -232,28 +248,28 @@ def training(runs: list[Run]) -> str:
             rows.append([names(runs)[i], f"{row['step'] + 1:,}", *(plain(row[k]) for k in keys)])
     head = ["run", "step", "loss", "offsets", "classes", "gradient norm", "learning rate",
             "positives", "images/s"]  # fmt: skip
-    return "".join([*parts, "<details><summary>The numbers, six steps a run</summary>",
+    return "".join([*parts, "<details><summary>The numbers, six steps per run</summary>",
                     table(head, rows), "</details>"])  # fmt: skip
 
 
+def bars(values: dict[int, float | None], whole: float = 1.0, digits: int = 3) -> str:
+    """A bar per run, as long as its share of `whole`."""
+    return "".join(
+        f'<div class="bar run{i}"><i style="width:{100 * (v or 0) / whole:.1f}%"></i>'
+        f"<span>{shown(v, digits)}</span></div>"
+        for i, v in values.items()
+    )
+
+
 def results(runs: list[Run]) -> str:
-    """AP a class as bars, AP by size, precision-recall curves."""
+    """AP per class as bars, AP by size, precision-recall curves."""
     done = {i: run.results for i, run in enumerate(runs) if run.results}
     if not done:
         return "<p>No results.json: the run has not ended, so nothing has been measured.</p>"
     first = next(iter(done.values()))
-    key = (
-        "ap_coco" if "coco" in first else "ap_11point" if first["metric"] == "voc07" else "ap_area"
-    )
+    key = class_key(first)
     kind = {"ap_coco": "COCO AP", "ap_11point": "11-point AP, VOC2007", "ap_area": "area AP"}[key]
     classes = list(dict.fromkeys(c for r in done.values() for c in r["per_class"]))
-
-    def bars(values: dict[int, float | None]) -> str:
-        return "".join(
-            f'<div class="bar run{i}"><i style="width:{100 * (v or 0):.1f}%"></i>'
-            f"<span>{shown(v, 3)}</span></div>"
-            for i, v in values.items()
-        )
 
     def mean(r: dict) -> float | None:
         """Of the metric that heads the column, which need not be the run's own."""
@@ -275,6 +291,14 @@ def results(runs: list[Run]) -> str:
     parts.append(
         table(["size", "area AP, mean of the classes"], sizes).replace("<td>", '<td class="bars">')
     )
+    f1 = {i: run.errors["f1"] for i, run in enumerate(runs) if run.errors}
+    if f1:
+        lines = {i: [(t / 100, y) for t, y in enumerate(line)] for i, line in f1.items()}
+        panel = chart("F1", lines, x_max=1.0, y_max=1.0, x_name="score threshold")
+        parts.append("<h3>F1 over the score threshold, mean of the classes</h3>"
+            f'<div class="panels"><figure>{panel}</figure></div><p>F1 is the harmonic mean of '
+            "precision and recall. Where it is best, few objects are missed and little that is "
+            "shown is wrong: the threshold that detect.py uses.</p>")  # fmt: skip
     panels = []
     for name in classes:
         lines = {}
@@ -332,12 +356,98 @@ def arguments(runs: list[Run]) -> str:
             f"</summary>{table(['argument', *names(runs)], rows)}</details>")  # fmt: skip
 
 
+ERRORS = {  # of experiments/errors.py: plural, what it is
+    "classification": ("Wrong classes", "IoU of .5 or more with an object of another class"),
+    "localisation": ("Wrong boxes", "IoU of .1 to .5 with an object of its class"),
+    "both": ("Wrong classes and boxes", "overlaps an object of another class somewhat"),
+    "duplicate": ("Duplicates", "a better detection has found the same object"),
+    "background": ("Detections of nothing", "IoU of .1 or less with every object"),
+    "missed": ("Missed objects", "no detection finds it; shown: none of those shown"),
+}
+
+
+def gallery(rows: list[dict]) -> str:
+    """Crops with what is shown (orange) and what is there (green); rows of errors.picture."""
+    figures = []
+    for row in rows:
+        words = f'<b class="said">{escape(row["said"])}</b>'
+        if row["there"]:
+            words += f' <b class="there">{escape(row["there"])}</b>'
+        words += f"<br>{escape(row['words'])}" if row["words"] else ""
+        figures.append(
+            f'<figure><img loading="lazy" alt="{escape(row["said"])}, {escape(row["image"])}" '
+            f'src="data:image/jpeg;base64,{row["jpeg"]}">'
+            f"<figcaption>{words}<br>{escape(row['image'])}</figcaption></figure>"
+        )
+    return f'<div class="panels crops">{"".join(figures)}</div>'
+
+
+def errors(runs: list[Run]) -> str:
+    """What each kind of error costs, the worst of each as pictures, the confusion matrix."""
+    known = {i: run.errors for i, run in enumerate(runs) if run.errors}
+    if not known:
+        return ("<p>Not looked at yet: <code>python -m experiments.errors RUN</code> says what "
+                "kinds of error there are, what each costs, and shows the worst.</p>")  # fmt: skip
+    most = max(row["cost"] for e in known.values() for row in e["kinds"].values()) or 1.0
+    rows = []
+    for name, (words, what) in ERRORS.items():
+        costs = {i: e["kinds"][name]["cost"] for i, e in known.items()}
+        counts = ", ".join(f"{e['kinds'][name]['shown']:,}" for e in known.values())
+        rows.append([f"{words}<br><small>{what}</small>", bars(costs, most, 1), counts])
+    parts = [
+        table(["error", "cost in points of AP50", "shown"], rows).replace(
+            "</th><td>", '</th><td class="bars">'
+        ),
+        "<p>Cost: what AP50 would gain if all errors of the kind were mended (TIDE, Bolya et al. "
+        "2020). Shown: how many there are from each class's best threshold up.</p>",
+    ]
+    for i, e in known.items():
+        inner = "".join(
+            f"<h4>{ERRORS[name][0]}</h4>{gallery(some)}"
+            for name, some in e["pictures"].items() if some
+        )  # fmt: skip
+        parts.append(
+            f'<details class="of run{i}"{" open" * (len(known) == 1)}><summary>The worst of each '
+            f'kind: {names(runs)[i]}</summary><p>Detections <b class="said">orange</b>, ground '
+            f'truth <b class="there">green</b>.</p>{inner}</details>'
+            f'<details class="of run{i}"><summary>What is taken for what: {names(runs)[i]}'
+            f"</summary>{matrix(e)}</details>"
+        )
+    return "".join(parts)
+
+
+def matrix(errors: dict, largest: int = 24) -> str:
+    """The confusion matrix; of many classes only the pairs that are most often confused."""
+    counts, labels = errors["confusion"], [*errors["classes"], "background"]
+    if len(labels) > largest:
+        pairs = [(n, labels[r], labels[c]) for r, row in enumerate(counts)
+                 for c, n in enumerate(row) if n and r != c and c < len(row) - 1]  # fmt: skip
+        pairs.sort(key=lambda pair: -pair[0])
+        rows = [[escape(there), escape(said), f"{n:,}"] for n, there, said in pairs[:largest]]
+        return table(["what is there", "is shown as", "times"], rows)
+    rows = []
+    for r, row in enumerate(counts):
+        total = sum(row) or 1
+        cells = [
+            f'<div class="cell{" good" * (r == c)}" style="--share:{100 * n / total:.0f}%">'
+            f"{n if n else '·'}</div>"
+            for c, n in enumerate(row)
+        ]
+        rows.append([escape(labels[r]), *cells])
+    rows[-1][-1] = ""
+    head = ["there \\ shown as", *map(escape, labels[:-1]), "nothing"]
+    return table(head, rows) + (
+        "<p>Rows: what is there; columns: what is shown of it. The last row has detections that "
+        "belong to no object.</p>"
+    )
+
+
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1c1c;--soft:#5a5a5a;--paper:#fff;--rule:#d9d9d9;
---band:#f4f4f4}
+--band:#f4f4f4;--said:#b35900;--there:#00752c}
 LIGHT
 @media (prefers-color-scheme:dark){
-:root{--ink:#ececec;--soft:#b0b0b0;--paper:#16181b;--rule:#3b3f44;--band:#22262a}
+:root{--ink:#ececec;--soft:#b0b0b0;--paper:#16181b;--rule:#3b3f44;--band:#22262a;--said:#ffa64d;--there:#5fd68a}
 DARK}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:75rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;
@@ -347,11 +457,20 @@ border-bottom:1px solid var(--rule)}
 a{color:inherit}nav{display:flex;flex-wrap:wrap;gap:0 1rem}
 :focus-visible{outline:3px solid #f58200;outline-offset:2px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
+.big{font-size:2.2rem;margin:.5rem 0 0;font-variant-numeric:tabular-nums}
+.big small{font-size:1rem;color:var(--soft)}
+.crops{grid-template-columns:repeat(6,minmax(0,1fr))}
+@media screen and (max-width:40rem){.crops{grid-template-columns:repeat(3,minmax(0,1fr))}}
+.crops img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--band)}
+.said{color:var(--said)}.there{color:var(--there)}h4{margin:1rem 0 .3rem}
+td:has(.cell){padding:0}.cell{padding:.25rem .5rem;text-align:right;
+background:color-mix(in srgb,var(--said) var(--share),transparent)}
+.cell.good{background:color-mix(in srgb,var(--there) calc(var(--share)*.6),transparent)}
 .small{grid-template-columns:repeat(auto-fill,minmax(min(100%,12rem),1fr))}
 figure{margin:0}figcaption{font-size:.9rem;text-align:center;color:var(--soft)}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--soft)}
-.grid{stroke:var(--rule);fill:none}.line{fill:none;stroke:var(--run);stroke-width:1.6;
-stroke-linejoin:round}
+.grid{stroke:var(--rule)}.line{stroke:var(--run);stroke-width:1.6;stroke-linejoin:round}
+circle{fill:var(--run)}
 img{max-width:100%;height:auto;display:block;margin:0 auto}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
@@ -366,37 +485,48 @@ td{white-space:nowrap}td:has(code){white-space:normal}td.bars{width:100%;min-wid
 summary{cursor:pointer;padding:.4rem 0}code{font-size:.85rem;overflow-wrap:anywhere}
 p{max-width:45rem}
 @media print{body{max-width:none;padding:0;font-size:11px}.switches,nav{display:none}
-figure,tr{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+figure,tr{break-inside:avoid}
+h2,h3,h4,summary{break-after:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 
-def page(runs: list[Run]) -> str:
-    """The whole report."""
+def page(runs: list[Run], changed: str = "") -> str:
+    """The whole report. `changed`: HTML of experiments.compare, what differs between two runs."""
     if len(runs) > len(LIGHT):
         raise ValueError(f"{len(runs)} runs: {len(LIGHT)} at most can be told apart on one page")
+    several = len(runs) > 1
+    sections = {
+        "What changed": changed,
+        "Result": lead(runs, compared=bool(changed)) + pictures(runs) * (not several),
+        "Errors": errors(runs),
+        "Measures": results(runs),
+        "Detections": pictures(runs) * several,
+        "Training": training(runs),
+        "Arguments": overview(runs) + arguments(runs),
+    }
+    title = ", ".join(run.name for run in runs)
+    return document(title, {k: v for k, v in sections.items() if v}, names(runs))
+
+
+def document(title: str, sections: dict[str, str], runs: Sequence[str] = ("",)) -> str:
+    """A page of its own. sections: {heading: HTML}; runs: names as HTML, each gets a colour."""
     light, dark = ("".join(f".run{i}{{--run:{c}}}" for i, c in enumerate(colours[: len(runs)]))
                    for colours in (LIGHT, DARK))  # fmt: skip
     style = STYLE.replace("LIGHT", light).replace("DARK", dark)
     switches = ""
     if len(runs) > 1:
         for i in range(len(runs)):
-            style += (f"body:has(#show{i}:not(:checked)) :is(.line,.bar,.of).run{i}"
+            style += (f"body:has(#show{i}:not(:checked)) :is(.line,.bar,.of,circle).run{i}"
                       "{display:none}")  # fmt: skip
         boxes = "".join(
             f'<label><input type="checkbox" id="show{i}" checked> {name}</label>'
-            for i, name in enumerate(names(runs))
+            for i, name in enumerate(runs)
         )
         switches = f'<div class="switches" role="group" aria-label="runs shown">{boxes}</div>'
-    title = escape(", ".join(run.name for run in runs))
-    sections = {
-        "Overview": overview(runs),
-        "Training": training(runs),
-        "Results": results(runs),
-        "Detections": pictures(runs),
-        "Arguments": arguments(runs),
-    }
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
-    body = "".join(f'<h2 id="{name.lower()}">{name}</h2>{html}' for name, html in sections.items())
+    keys = {name: name.lower().replace(" ", "-") for name in sections}
+    links = "".join(f'<a href="#{key}">{name}</a>' for name, key in keys.items())
+    body = "".join(f'<h2 id="{keys[name]}">{name}</h2>{html}' for name, html in sections.items())
+    title = escape(title)
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -409,9 +539,9 @@ def page(runs: list[Run]) -> str:
     )
 
 
-def write(folders: list[str | Path], path: str | Path) -> None:
+def write(folders: list[str | Path], path: str | Path, changed: str = "") -> None:
     """The report of these run folders as one HTML file."""
-    html = page([read_run(folder) for folder in folders])
+    html = page([read_run(folder) for folder in folders], changed)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(html, encoding="utf-8")
 
@@ -430,18 +560,20 @@ def write_figures(folder: Path, runs: list[str]) -> None:
     logs, read = {}, [read_run(run) for run in runs]
     for run in read:
         args = run.about["args"]
-        logs[f"BN {args['bn']}, learning rate {args['lr']:g} ({run.name})"] = [
+        kind = {"all": "BatchNorm everywhere", "none": "no BatchNorm"}.get(args["bn"], args["bn"])
+        logs[f"{kind}, learning rate {args['lr']:g}"] = [
             row for row in run.log if math.isfinite(row["loss"] + row["grad_norm"])
         ]
     (folder / "bn.svg").write_text(figures.gradients(logs), encoding="utf-8")
     print(folder / "bn.svg")
-    if read[0].sheet and read[0].about["args"]["data"] == "shapes":  # no photograph of others
-        (folder / "detections.jpg").write_bytes(shrunk(read[0].sheet, 900))
+    if read[0].about["args"]["data"] == "shapes":  # no photograph of others
+        sheet = drawings.detections(runs[0])
+        sheet.save(folder / "detections.jpg", quality=78, optimize=True)
         print(folder / "detections.jpg")
 
 
 def write_budget(path: Path, folders: list[str]) -> None:
-    """mAP against what it cost as SVG: a line a run (`train.py --eval-every`), or a point."""
+    """mAP against what it cost as SVG: a line per run (`train.py --eval-every`), or a point."""
     panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
     minutes, images = panels.values()
     for folder in map(Path, folders):
@@ -458,7 +590,7 @@ def write_budget(path: Path, folders: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--out", help="the page; default report.html. With --figures the folder")
     parser.add_argument("--figures", action="store_true", help="draw docs/figures instead")
@@ -476,8 +608,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

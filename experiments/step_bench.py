@@ -1,11 +1,14 @@
 """Where the time of a training step goes, and how much of the machine it uses.
 
-    python train.py --bench [the usual flags]
+    python -m experiments.step_bench [the flags of train.py]
 
 On a GPU the parts are timed by CUDA events on its stream, so that nothing waits while it runs; the
 wait for data is the host's, in wall time. On a CPU all parts are CPU seconds of this process, all
 threads, so that other work on the machine matters little: "data wait" is then the loading itself
 with --workers 0, and next to nothing with workers, which are other processes.
+
+"backward" is that of the loss as well as the network's: autograd runs them as one. The copy of a
+batch runs beside the step before it (plumbing/prefetch.py); what is left of it is the wait.
 
 FLOP/s count the multiplications and additions of the convolutions, times 3 for forward and
 backward, and stand beside a matrix product of the same type in the same run.
@@ -15,13 +18,18 @@ import resource
 import statistics
 import sys
 import time
+from unittest import mock
 
 import torch
 
-from scratchdet import count_macs
+import data
+import train
+from plumbing import machine, plan
+from plumbing.network import count_macs
+from plumbing.program import run_program
 
-PARTS = ("data wait", "copy, colour, mean", "forward", "loss, matching", "backward", "log",
-         "optimizer")  # fmt: skip
+LOSS = "loss, matching"
+PARTS = ("data wait", "copy, colour, mean", "forward", LOSS, "backward", "log", "optimizer")
 
 
 class Clock:
@@ -76,6 +84,76 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / statistics.median(times)
 
 
+def marked(function, mark, part: str):
+    """The function; when it has returned, `part` ends."""
+
+    def call(*args, **more):
+        result = function(*args, **more)
+        mark(part)
+        return result
+
+    return call
+
+
+def step_in_parts(network, model, optimizer, batches, args, mark) -> None:
+    """One step of train.py, with `mark(part)` called at the end of each of `PARTS`."""
+    total_norm = torch.nn.utils.get_total_norm
+
+    def after_backward(gradients):
+        mark("backward")
+        return total_norm(gradients)
+
+    def loader():
+        while True:
+            batch = next(batches)
+            mark("data wait")
+            yield batch
+
+    with (
+        mock.patch.object(data, "prepare", marked(data.prepare, mark, "copy, colour, mean")),
+        mock.patch.object(train, "multibox_loss", marked(train.multibox_loss, mark, LOSS)),
+        mock.patch.object(torch.nn.utils, "get_total_norm", after_backward),
+    ):
+        forward = marked(network, mark, "forward")
+        forward.no_sync = getattr(network, "no_sync", None)
+        logged, _ = train.forward_backward(forward, model, loader(), args)
+    mark("log")
+    train.update(optimizer, 0, logged, args)
+    mark("optimizer")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Time the parts of a step with the flags of train.py; -> what it prints."""
+    args = train.parse_args(argv)
+    rank, world, device = machine.start_ranks(args)
+    micro, say = plan.micro_batch(args, world), print if rank == 0 else lambda *_: None
+    machine.keep_large_tensors()
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    records, _, classes, _ = train.read_data(args, None)
+    model = train.make_model(args, classes, None, say).to(device)
+    model = model.to(memory_format=torch.channels_last).train()
+    args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
+    optimizer = torch.optim.SGD(
+        train.parameter_groups(model), lr=args.lr, momentum=train.MOMENTUM, fused=True
+    )
+    network = train.wrap(model, args, world)
+    batches = data.batches(
+        records, model.config.size, batch_size=micro, seed=args.seed, augment=args.augment,
+        workers=args.workers, rank=rank, world=world, cache=args.cache, pin=device.type == "cuda",
+    )  # fmt: skip
+    say(f"commit {machine.commit()}, {machine.hardware(device)}, {world} process(es)")
+    parts = f"{world} process(es) x {args.accumulate} x {micro} images"
+    say(f"{args.backbone}, width {args.width:g}: a step of {parts}, {args.workers} workers")
+
+    def one_step(mark):
+        step_in_parts(network, model, optimizer, batches, args, mark)
+
+    result = report(one_step, model, micro * args.accumulate, args.bf16, say)
+    machine.end_ranks()
+    return result
+
+
 def report(one_step, model, images: int, bf16: bool, say=print) -> dict[str, float]:
     """Run and time `one_step(mark)` of so many images on this rank; -> what it prints."""
     device = model.priors_cxcywh.device
@@ -110,7 +188,7 @@ def report(one_step, model, images: int, bf16: bool, say=print) -> dict[str, flo
     outside = 1 - (parts["forward"] + parts["backward"]) / total
     say(f"  {'in all':20} {1e3 * total:9.2f} ms  {outside:6.1%} outside the network")
     rate = images * steps / wall
-    flops = 6 * count_macs(model) * images * steps / busy
+    flops = 6 * count_macs(model, model.config.size) * images * steps / busy
     product = product_flops(device, dtype)
     name = str(dtype).removeprefix("torch.")
     unit = "TFLOP/s" if gpu else "TFLOP a CPU second"
@@ -120,3 +198,7 @@ def report(one_step, model, images: int, bf16: bool, say=print) -> dict[str, flo
     say(f"peak memory {peak / 2**30:.2f} GiB")
     ratio = {"images_per_s": rate, "tflops": flops / 1e12, "of_product": flops / product}
     return {**parts, **ratio, "peak_gib": peak / 2**30}
+
+
+if __name__ == "__main__":
+    run_program(main)

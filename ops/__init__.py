@@ -1,4 +1,4 @@
-"""Four ops, each on the device of its tensors: match, mined_cross_entropy, nms, postprocess.
+"""Five ops on the device of their tensors: colour, match, mined_cross_entropy, nms, postprocess.
 
 An op is a `torch.library.custom_op` whose body is the readable PyTorch of `reference.py`. The
 kernels (`match.cpp`, `match.cu`, ...) register themselves for the CPU or the CUDA key of the same
@@ -12,6 +12,7 @@ SCRATCHDET_OPS chooses at import:
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,57 +20,69 @@ from torch import Tensor
 from . import reference
 from .jit import BuildError, _say, build
 
-NAMES = ("match", "mined_cross_entropy", "nms", "postprocess")
+NAMES = ("colour", "match", "mined_cross_entropy", "nms", "postprocess")
 __all__ = ["COMPILED", "BuildError", "build", "describe", *NAMES]
 MODES = ("auto", "reference", "require", "emulate")
 COMPILED = {"cpu": False, "cuda": False}  # which kernels are loaded; _load() fills it in
-
-# Schema and fallback: the signature of the reference is the signature of the op.
-_match = torch.library.custom_op("scratchdet::match", reference.match, mutates_args=())
-_nms = torch.library.custom_op("scratchdet::nms", reference.nms, mutates_args=())
-_postprocess = torch.library.custom_op(
-    "scratchdet::postprocess", reference.postprocess, mutates_args=()
-)
-_mined = torch.library.custom_op(
-    "scratchdet::mined_cross_entropy", reference.mined_cross_entropy, mutates_args=()
-)
-_mined_backward = torch.library.custom_op(
-    "scratchdet::mined_cross_entropy_backward",
-    reference.mined_cross_entropy_backward,
-    mutates_args=(),
-)
+_library = torch.library.Library("scratchdet", "FRAGMENT")  # lives as long as the module
 
 
-# Fake kernels: shapes alone, for torch.compile. None depends on data: no op ever synchronises.
-@_match.register_fake
-def _(priors_xyxy, boxes_xyxy, offsets, iou_threshold):
+def _op(meaning, *, autograd=False):
+    """Makes a function of reference.py an op of its name, schema and fallback.
+
+    It decorates the op's fake kernel, which says only what shape comes out, for torch.compile:
+    none may depend on data, so that no op ever synchronises.
+    """
+
+    def register(fake):
+        name = meaning.__name__
+        op = torch.library.custom_op(f"scratchdet::{name}", meaning, mutates_args=())
+        op.register_fake(fake)
+        if not autograd:
+            # custom_op puts a layer of Python before every kernel that only serves autograd: 10 us
+            # per call, as long as the NMS of 400 boxes itself. Ops without a gradient skip it.
+            for key in ("AutogradCPU", "AutogradCUDA"):
+                _library.impl(name, torch.library.fallthrough_kernel, key)
+        return op
+
+    return register
+
+
+@_op(reference.colour)
+def _colour(images, inside, jitter, mean, std, channels, dtype):
+    like = dict(dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    return torch.empty(images.shape, **like)
+
+
+@_op(reference.match)
+def _match(priors_xyxy, boxes_xyxy, offsets, iou_threshold):
     return offsets.new_empty((offsets.shape[0] - 1, priors_xyxy.shape[0]))
 
 
-@_nms.register_fake
-def _(boxes_xyxy, scores, groups, iou_threshold):
+@_op(reference.nms)
+def _nms(boxes_xyxy, scores, groups, iou_threshold):
     return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@_postprocess.register_fake
-def _(loc, logits, priors_cxcywh, score_threshold, top_k, iou_threshold, max_detections):
+@_op(reference.postprocess)
+def _postprocess(loc, logits, priors_cxcywh, score_threshold, top_k, iou_threshold, max_detections):
     shape = (logits.shape[0], max_detections)
     boxes = loc.new_empty((*shape, 4), dtype=torch.float32)
     labels = loc.new_empty(shape, dtype=torch.int64)
     return boxes, boxes.new_empty(shape), labels, labels.new_empty(shape[:1])
 
 
-@_mined.register_fake
-def _(logits, labels, negatives_per_positive):
-    return logits.new_empty(labels.shape)
+# The one op with a gradient, in the logits; its backward is another op, which has none.
+@_op(reference.mined_cross_entropy, autograd=True)
+def _mined(logits, labels, negatives_per_positive):
+    return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
-@_mined_backward.register_fake
-def _(gradient, logits, labels, cross_entropy):
+@_op(reference.mined_cross_entropy_backward, autograd=True)
+def _mined_backward(gradient, logits, labels, cross_entropy):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# The one op with a gradient, in the logits; its backward is another op, which has none.
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2], output)
 
@@ -81,12 +94,41 @@ def _backward(ctx, gradient):
 _mined.register_autograd(_backward, setup_context=_save)
 
 
-# custom_op puts a layer of Python before every kernel that only serves autograd: 10 us a call,
-# as long as the NMS of 400 boxes itself. The ops without a gradient pass over it.
-_passed_over = torch.library.Library("scratchdet", "FRAGMENT")  # lives as long as the module
-for _name in ("match", "nms", "postprocess"):
-    for _key in ("AutogradCPU", "AutogradCUDA"):
-        _passed_over.impl(_name, torch.library.fallthrough_kernel, _key)
+# ------------------------------------------------------------------------------ the calls
+
+
+def colour(
+    images: Tensor,
+    inside: Tensor,
+    jitter: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    channels: str = "rgb",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The network's input: (N,3,H,W) uint8 RGB, (N,4) int64, (N,5) -> (N,3,H,W), channels_last.
+
+    Colour augmentation, mean, std, order of the channels and 0 beside the image, in one pass: see
+    reference.colour. Raises ValueError for a wrong shape, type, device or number.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        _fail("colour", "images", "(N,3,H,W) uint8", _seen(images))
+    n = images.shape[0]
+    if inside.shape != (n, 4) or inside.dtype != torch.int64:
+        _fail("colour", "inside", f"(N,4) int64, N={n}", _seen(inside))
+    if jitter.shape != (n, 5) or jitter.dtype != torch.float32:
+        _fail("colour", "jitter", f"(N,5) float32, N={n}", _seen(jitter))
+    _check_device("colour", images, inside=inside, jitter=jitter)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            _fail("colour", name, "3 numbers, of R, G and B", values)
+    if channels not in ("rgb", "bgr"):
+        _fail("colour", "channels", "rgb or bgr", repr(channels))
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        _fail("colour", "dtype", "float32, float16 or bfloat16", dtype)
+    return torch.ops.scratchdet.colour.default(
+        images, inside, jitter, list(mean), list(std), channels, dtype
+    )
 
 
 def match(
@@ -130,9 +172,7 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
         if low < 0 or high >= logits.shape[2]:
             classes = f"from 0 to C-1={logits.shape[2] - 1}"
             _fail("mined_cross_entropy", "labels", classes, f"{low} to {high}")
-    return torch.ops.scratchdet.mined_cross_entropy.default(
-        logits.float(), labels, negatives_per_positive
-    )
+    return torch.ops.scratchdet.mined_cross_entropy.default(logits, labels, negatives_per_positive)
 
 
 def nms(

@@ -1,5 +1,6 @@
-"""The four ops in plain PyTorch: the specification that every kernel is tested against.
+"""The five ops in plain PyTorch: the specification that every kernel is tested against.
 
+    colour               bytes -> the network's input: colour augmentation, mean, layout
     match                which box each prior has to learn             (training)
     mined_cross_entropy  the classes' loss, of the priors that count   (training)
     nms                  which of the overlapping boxes survive        (testing)
@@ -13,6 +14,8 @@ Letters: N images - P priors - C classes with background 0 - T boxes of a batch 
 D detections at most. Boxes are float32; `_xyxy` is (left, top, right, bottom), `_cxcywh` is
 (centre x, centre y, width, height), both in units of the image.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +43,101 @@ def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """Offsets (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
+    """Box codes (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
 
     Not clipped to the image: SSD suppresses unclipped boxes.
     """
     centre = priors_cxcywh[..., :2] + loc[..., :2] * VARIANCES[0] * priors_cxcywh[..., 2:]
     size = priors_cxcywh[..., 2:] * torch.exp(loc[..., 2:] * VARIANCES[1])
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+# ------------------------------------------------------------------------------ colour
+
+
+def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
+    """V = max and V - min over the channels: (N, 3, H, W) -> (N, H, W) each."""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    return value, value - torch.minimum(torch.minimum(r, g), b)
+
+
+def jitter_colour(images: Tensor, jitter: Tensor) -> Tensor:
+    """SSD's colour augmentation (Caffe ApplyDistort): (N, 3, H, W) float RGB -> the same.
+
+    `jitter` (N, 5) is order, brightness, contrast, saturation (>= 0) and hue of each image;
+    0, 0, 1, 1, 0 changes nothing. The steps come in the order brightness, contrast, saturation,
+    hue; where order is 1, contrast comes last. Pixels are whole numbers 0..255 before and after
+    each step, as Caffe's 8-bit images are. Saturation and hue act in HSV: S is clamped at its
+    maximum, H (the circle has 180) is clamped at 0 and wraps above 180. Not reproduced: Caffe's
+    rounding of H and S themselves to 8 bits.
+    """
+    order, brightness, contrast, saturation, hue = jitter.float()[:, :, None, None].unbind(1)
+    first = contrast.where(order == 0, 1.0)  # (N, 1, 1), as all five
+    last = contrast.where(order > 0, 1.0)
+    x = (images + brightness[:, None]).round().clamp(0, 255)
+    x = (x * first[:, None]).round().clamp(0, 255)
+
+    value, chroma = value_and_chroma(x)  # (N, H, W)
+    most = value / chroma.clamp(min=1.0)  # S grows at most so many times: then it is at its maximum
+    factor = torch.minimum(saturation, most)
+    x = (value[:, None] - (value[:, None] - x) * factor[:, None]).round()
+
+    value, chroma = value_and_chroma(x)
+    r, g, b = x.unbind(1)  # (N, H, W)
+    safe = chroma.clamp(min=1.0)
+    h = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    h = torch.where(value == r, (g - b) / safe, h)  # sixths of the circle
+    h = torch.where(h < 0, h + 6, h)
+    h = (h + hue / hue.new_tensor(30)).clamp(min=0)  # a Python 30 would be * (1 / 30) on a GPU
+    h = torch.where(h >= 6, h - 6, h)
+    x = torch.stack([(h - 3).abs() - 1, 2 - (h - 2).abs(), 2 - (h - 4).abs()], dim=1)
+    x = (x.clamp(0, 1) * chroma[:, None] + (value - chroma)[:, None]).round()
+
+    return (x * last[:, None]).round().clamp(0, 255)
+
+
+@functools.lru_cache(maxsize=8)
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1); kept, because copying it to a GPU for each batch would wait for the GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+def normalise(images: Tensor, mean: list[float], std: list[float], channels: str) -> Tensor:
+    """RGB (N, 3, H, W), 0..255 -> float32, (x - mean) / std, in the order "rgb" or "bgr"."""
+    x = images.float() - per_channel(tuple(mean), images.device)
+    x = x / per_channel(tuple(std), images.device)
+    return x if channels == "rgb" else x.flip(1)
+
+
+def colour(
+    images: Tensor,
+    inside: Tensor,
+    jitter: Tensor,
+    mean: list[float],
+    std: list[float],
+    channels: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A batch of bytes -> the network's input: (N,3,H,W) uint8 RGB -> (N,3,H,W), channels_last.
+
+    `inside` (N,4) int64 x0 y0 x1 y1: the pixels that the image covers. They get jitter_colour and
+    normalise; beside the image the input is 0, which is the mean.
+    """
+    out = torch.empty(
+        images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last
+    ).zero_()
+    is_neutral = (jitter[:, 1:] == jitter.new_tensor([0.0, 1.0, 1.0, 0.0])).all(dim=1).tolist()
+    for n, (x0, y0, x1, y1) in enumerate(inside.tolist()):  # one image stays in the cache
+        part = slice(n, n + 1), slice(None), slice(y0, y1), slice(x0, x1)
+        x = images[part].float()
+        if not is_neutral[n]:
+            x = jitter_colour(x, jitter[n : n + 1])
+        out[part] = normalise(x, mean, std, channels).to(dtype)
+    return out
+
+
+# ------------------------------------------------------------------------------ matching
 
 
 def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshold: float) -> Tensor:
@@ -85,6 +176,9 @@ def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshol
     return matched
 
 
+# ------------------------------------------------------------------------------ loss
+
+
 def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
     """The `how_many` (N,) eligible priors of the highest score in each image -> (N,P) bool.
 
@@ -105,7 +199,7 @@ def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
 
 
 def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
-    """Cross-entropy where it counts, else 0: (N,P,C) float32, (N,P) int64 -> (N,P) (SSD eq. 3).
+    """Cross-entropy where it counts, else 0: (N,P,C), (N,P) int64 -> (N,P) float32 (SSD eq. 3).
 
     It counts for the positive priors (label > 0) and, in each image, for the negatives of the
     highest -log p(background), so many for each positive of the same image; ties at the border go
@@ -113,6 +207,7 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
     infinity and no NaN.
     """
     positive = labels > 0
+    logits = logits.float()
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     cross_entropy = cross_entropy.view_as(labels).abs()  # (N, P); abs: of -0.
     finite = cross_entropy.isfinite()
@@ -124,14 +219,17 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
 def mined_cross_entropy_backward(
     gradient: Tensor, logits: Tensor, labels: Tensor, cross_entropy: Tensor
 ) -> Tensor:
-    """Gradients (N,P) of mined_cross_entropy's result (N,P) -> those of its logits (N,P,C).
+    """Gradients (N,P) of mined_cross_entropy's result (N,P) -> its logits' (N,P,C), of their type.
 
     softmax - one-hot, where the result is not 0. (A cross-entropy that counts may round to 0. Then
     all that is lost is less than 6e-8.)
     """
     one_hot = F.one_hot(labels, logits.shape[2])
-    row = gradient[..., None] * (logits.softmax(dim=2) - one_hot)  # (N, P, C)
-    return torch.where(cross_entropy[..., None] != 0, row, 0.0)
+    row = gradient[..., None] * (logits.float().softmax(dim=2) - one_hot)  # (N, P, C)
+    return torch.where(cross_entropy[..., None] != 0, row, 0.0).to(logits.dtype)
+
+
+# ------------------------------------------------------------------------------ detection
 
 
 def nms(boxes_xyxy: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:

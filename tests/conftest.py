@@ -50,6 +50,14 @@ def voc_root(data_root) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory) -> Path:
+    """A VOC tree of drawn shapes: 12 images to train on, 4 to test."""
+    from plumbing.shapes import draw_shapes
+
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=12, num_test=4)
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     """Of this test alone: tests give the same in any order."""

@@ -1,6 +1,5 @@
 """From records to batches: the SSD augmentation against slow, plain versions of itself."""
 
-import colorsys
 import multiprocessing
 import os
 import signal
@@ -17,16 +16,19 @@ import data
 from data import (
     batches,
     crop,
-    distort,
     expand,
     flip,
     ordered_batches,
+    place_boxes,
     prepare,
-    project,
     render,
     snap,
 )
-from shapes import draw_image, outline
+from ops.reference import jitter_colour
+from plumbing import cache as image_cache
+from plumbing.files import BadData, Record, decode_pixels, open_record
+from plumbing.shapes import SHAPE_CLASSES, draw_image, draw_shapes, outline
+from plumbing.voc import read_voc
 
 CONFIG = SimpleNamespace(mean=(123.0, 117.0, 104.0), std=(1.0, 1.0, 1.0), channels="rgb")
 WHOLE = [0.0, 0.0, 1.0, 1.0]
@@ -34,12 +36,12 @@ WHOLE = [0.0, 0.0, 1.0, 1.0]
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory):
-    return data.draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=14, num_test=3)
+    return draw_shapes(tmp_path_factory.mktemp("shapes"), num_train=14, num_test=3)
 
 
 @pytest.fixture(scope="session")
 def records(shapes_root):
-    return data.read_voc(shapes_root, ["2007:train"], data.SHAPE_CLASSES)[0]
+    return read_voc(shapes_root, ["2007:train"], SHAPE_CLASSES)[0]
 
 
 def record_of(path, boxes, size=None, labels=None, difficult=None):
@@ -47,7 +49,7 @@ def record_of(path, boxes, size=None, labels=None, difficult=None):
     labels = np.ones(len(boxes), np.int64) if labels is None else np.array(labels)
     difficult = np.zeros(len(boxes), bool) if difficult is None else np.array(difficult)
     size = size or Image.open(path).size
-    return data.Record(Path(path).stem, Path(path), size, boxes, labels, difficult, np.zeros(0))
+    return Record(Path(path).stem, Path(path), size, boxes, labels, difficult, np.zeros(0))
 
 
 def same(a, b):
@@ -171,20 +173,18 @@ def test_expand_half_the_time_up_to_four_times():
     assert (grown[:, 2:] >= 1).all()
 
 
-def test_project_keeps_boxes_by_their_centre_and_clips_them():
+def test_place_boxes_keeps_boxes_by_their_centre_and_clips_them():
     boxes = np.array([
         [0.4, 0.4, 0.6, 0.6],  # inside
         [0.0, 0.4, 0.5, 0.6],  # centre on the left border of the crop: inclusive
         [0.0, 0.4, 0.4, 0.6],  # centre outside, though it reaches in
         [0.5, 0.5, 0.5, 0.6],  # no area
     ])  # fmt: skip
-    kept, labels = project(boxes, np.array([1, 2, 3, 4]), np.array([0.25, 0.25, 0.75, 0.75]))
-    assert labels.tolist() == [1, 2]
-    assert np.allclose(kept, [[0.3, 0.3, 0.7, 0.7], [0.0, 0.3, 0.5, 0.7]])
-    nothing, labels = project(boxes, np.arange(4), np.array([0.8, 0.8, 1.0, 1.0]))
-    assert nothing.shape == (0, 4)
-    assert len(labels) == 0
-    assert np.allclose(flip(kept), [[0.3, 0.3, 0.7, 0.7], [0.5, 0.3, 1.0, 0.7]])
+    placed, keep = place_boxes(boxes, np.array([0.25, 0.25, 0.75, 0.75]))
+    assert keep.tolist() == [True, True, False, False]
+    assert np.allclose(placed[keep], [[0.3, 0.3, 0.7, 0.7], [0.0, 0.3, 0.5, 0.7]])
+    assert not place_boxes(boxes, np.array([0.8, 0.8, 1.0, 1.0]))[1].any()
+    assert np.allclose(flip(placed[keep]), [[0.3, 0.3, 0.7, 0.7], [0.5, 0.3, 1.0, 0.7]])
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "cache"])
@@ -252,74 +252,9 @@ def test_snap_rounds_to_the_nearest_pixels():
 # ---- colour
 
 
-def slow_distort(pixel, order, brightness, contrast, saturation, hue):
-    """The colour steps on one RGB pixel with the standard library's HSV."""
-
-    def whole(values):
-        return [min(255, max(0, round(v))) for v in values]
-
-    def contrasted(p):
-        return whole([v * contrast for v in p])
-
-    p = whole([v + brightness for v in pixel])
-    if not order:
-        p = contrasted(p)
-    h, s, v = colorsys.rgb_to_hsv(*p)
-    p = whole(colorsys.hsv_to_rgb(h, min(1.0, s * saturation), v))
-    h, s, v = colorsys.rgb_to_hsv(*p)
-    p = whole(colorsys.hsv_to_rgb(max(0.0, h + hue / 180), s, v))
-    return contrasted(p) if order else p
-
-
-def test_distort_equals_the_slow_version():
-    rng = np.random.default_rng(6)
-    pixels = rng.integers(0, 256, (60, 3))
-    pixels[:4] = [[0, 0, 0], [255, 255, 255], [7, 7, 7], [200, 10, 10]]
-    images = torch.from_numpy(pixels.T.copy()).float().reshape(1, 3, 6, 10)
-    worst = 0
-    for _ in range(40):
-        colour = data.draw_colour(rng)
-        got = distort(images, torch.tensor([colour]))[0].reshape(3, -1).T.numpy()
-        want = np.array([slow_distort(p, *colour) for p in pixels.tolist()])
-        worst = max(worst, np.abs(got - want).max())
-        assert np.mean(got != want) < 0.01  # a half rounds either way
-    assert worst <= 1
-
-
-def test_distort_is_the_same_alone_and_in_a_batch_and_nothing_changes_nothing():
-    rng = np.random.default_rng(7)
-    images = torch.from_numpy(rng.integers(0, 256, (6, 3, 20, 20))).float()
-    colour = torch.tensor([data.draw_colour(rng) for _ in range(5)] + [(0.0, 0.0, 1.0, 1.0, 0.0)])
-    before = images.clone()
-    together = distort(images, colour)
-    alone = torch.cat([distort(images[n : n + 1], colour[n : n + 1]) for n in range(6)])
-    assert torch.equal(together, alone)
-    assert torch.equal(images, before)
-    assert torch.equal(together[5], images[5])
-    assert torch.equal(together, together.round())
-    assert together.min() >= 0
-    assert together.max() <= 255
-
-
-def test_distort_against_opencv():
-    cv2 = pytest.importorskip("cv2", reason="opencv-python is not installed")
-    rng = np.random.default_rng(8)
-    image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    for saturation, hue in ((0.6, 0.0), (1.4, 0.0), (1.0, 12.0), (1.0, -15.0)):
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.float64)
-        hsv[..., 1] *= saturation
-        hsv[..., 0] += hue
-        want = cv2.cvtColor(hsv.round().clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        got = distort(x, torch.tensor([[0.0, 0.0, 1.0, saturation, hue]]))[0].permute(1, 2, 0)
-        apart = np.abs(got.numpy() - want)
-        assert np.median(apart) <= 1
-        assert np.percentile(apart, 99) <= 6  # OpenCV rounds hue to 2 degrees, S to 1/255
-
-
 def test_colour_parameters_are_drawn_as_often_and_as_far_as_specified():
     rng = np.random.default_rng(9)
-    c = np.array([data.draw_colour(rng) for _ in range(4000)])
+    c = np.array([data.sample_colour(rng) for _ in range(4000)])
     nothing = np.array([0, 0, 1, 1, 0])
     assert np.allclose((c != nothing).mean(axis=0), 0.5, atol=0.035)
     assert np.allclose(c.max(axis=0), [1, 32, 1.5, 1.5, 18], rtol=0.01)
@@ -335,7 +270,7 @@ def test_prepare_fills_with_the_mean_and_orders_the_channels(records):
         outside = torch.ones(64, 64, dtype=torch.bool)
         outside[y0:y1, x0:x1] = False
         assert (x[n, :, outside] == 0).all()  # the mean, less the mean
-        pixels = distort(batch.images[n : n + 1].float(), batch.colour[n : n + 1])[0]
+        pixels = jitter_colour(batch.images[n : n + 1].float(), batch.colour[n : n + 1])[0]
         want = pixels - torch.tensor(CONFIG.mean)[:, None, None]
         assert torch.equal(x[n, :, ~outside], want[:, ~outside])
     scaled = SimpleNamespace(mean=CONFIG.mean, std=(58.0, 57.0, 50.0), channels="bgr")
@@ -387,14 +322,14 @@ def test_augmentation_differs_from_epoch_to_epoch(records):
 )
 def test_strengths_of_augmentation(records, augment, shrinks, crops, colours):
     """What 40 samples show: the space beside the image, boxes cut off by a crop, colours."""
-    dataset = data.Dataset(records[:2], 64, augment=augment)
-    plain = data.Dataset(records[:2], 64, augment="none")
-    samples = [dataset[epoch, i] for i in (0, 1) for epoch in range(40)]
+    dataset = data.Dataset(records[:2], augment=augment)
+    plain = data.Dataset(records[:2], augment="none")
+    samples = [dataset[epoch, i, 64] for i in (0, 1) for epoch in range(40)]
     assert any(inside != [0, 0, 64, 64] for _, inside, *_ in samples) == shrinks
-    widest = [max(np.diff(plain[0, i][3][:, ::2])) for i in (0, 1)]
+    widest = [max(np.diff(plain[0, i, 64][3][:, ::2])) for i in (0, 1)]
     wider = [(np.diff(boxes[:, ::2]) > widest[i] + 0.05).any() for *_, boxes, _, i in samples]
     assert any(wider) == crops
-    assert any(colour != data.PLAIN for _, _, colour, *_ in samples) == colours
+    assert any(colour != data.NEUTRAL for _, _, colour, *_ in samples) == colours
     assert len({boxes.tobytes() for *_, boxes, _, i in samples if i == 0}) > 1
 
 
@@ -468,7 +403,7 @@ def test_a_bad_image_reaches_the_main_process_in_one_line(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     record = record_of(tmp_path / "a.jpg", [[1, 1, 5, 5]], size=(10, 10))
     for workers in (0, 1):
-        with pytest.raises(data.BadData, match="a.jpg: not an image that can be read") as caught:
+        with pytest.raises(BadData, match="a.jpg: not an image that can be read") as caught:
             next(batches([record], 32, batch_size=2, seed=0, workers=workers))
         assert "\n" not in str(caught.value)
 
@@ -522,55 +457,55 @@ def test_the_cache_gives_the_same_pixels_and_is_rebuilt_when_images_change(tmp_p
 
 
 def test_a_truncated_cache_is_rebuilt(tmp_path, records):
-    path = data.build_cache(records, tmp_path)
+    path = image_cache.build_cache(records, tmp_path)
     good = path.read_bytes()
     path.write_bytes(good[:1000])
-    assert data.build_cache(records, tmp_path).read_bytes() == good
+    assert image_cache.build_cache(records, tmp_path).read_bytes() == good
 
 
 def test_a_cache_that_does_not_fit_says_so_before_it_starts(tmp_path, records, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: (1 << 40, 0, 10))
     with pytest.raises(
         ValueError, match=r"--cache .* GB needed for 14 decoded images, 0.0 GB free"
     ):
-        data.build_cache(records, tmp_path)
+        image_cache.build_cache(records, tmp_path)
 
 
 def test_what_a_killed_build_left_is_space_for_the_next(tmp_path, records, monkeypatch):
-    path = data.build_cache(records, tmp_path)
+    path = image_cache.build_cache(records, tmp_path)
     size = path.stat().st_size
     path.rename(path.with_suffix(".part"))
 
     def almost_full(folder):
         left = sum(p.stat().st_size for p in Path(folder).glob("*.part"))
-        return SimpleNamespace(free=size + (65 << 20) - left)
+        return (1 << 40, 0, size + (65 << 20) - left)
 
-    monkeypatch.setattr(data.shutil, "disk_usage", almost_full)
-    assert data.build_cache(records, tmp_path) == path
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", almost_full)
+    assert image_cache.build_cache(records, tmp_path) == path
 
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path, records, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.os, "fsync", full)
+    monkeypatch.setattr(image_cache.os, "fsync", full)
     with pytest.raises(ValueError, match=r"--cache .*No space left.*name another folder"):
-        data.build_cache(records, tmp_path)
+        image_cache.build_cache(records, tmp_path)
     assert [p.suffix for p in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_cache_in_a_folder_that_cannot_be_written_is_read(tmp_path, records, monkeypatch):
-    path = data.build_cache(records, tmp_path)
+    path = image_cache.build_cache(records, tmp_path)
 
     def refuse(lock):
         raise PermissionError(13, "Permission denied", str(lock))
 
-    monkeypatch.setattr(data, "file_lock", refuse)  # root may write anywhere
-    assert data.build_cache(records, tmp_path) == path
+    monkeypatch.setattr(image_cache, "file_lock", refuse)  # root may write anywhere
+    assert image_cache.build_cache(records, tmp_path) == path
 
 
 def build(records, folder, queue):
-    queue.put(data.build_cache(records, folder))
+    queue.put(image_cache.build_cache(records, folder))
 
 
 def test_processes_that_build_at_once_end_with_one_good_cache(tmp_path, records):
@@ -582,9 +517,9 @@ def test_processes_that_build_at_once_end_with_one_good_cache(tmp_path, records)
     assert len({queue.get(timeout=60) for _ in jobs}) == 1
     for job in jobs:
         job.join()
-    pixels = data.memory_map(data.build_cache(records, tmp_path))
+    pixels = image_cache.memory_map(image_cache.build_cache(records, tmp_path))
     w, h = records[0].size
-    image = data.decode(data.open_record(records[0]), records[0])
+    image = decode_pixels(open_record(records[0]), records[0])
     assert (pixels[: w * h * 3].reshape(h, w, 3) == np.asarray(image)).all()
     assert [p.suffix for p in sorted(tmp_path.iterdir())] == [".bin", ".lock"]
 
@@ -616,7 +551,7 @@ def test_shapes_are_as_specified():
     assert overlapping / len(position) == pytest.approx(0.2, abs=0.06)
 
 
-@pytest.mark.parametrize("shape", data.SHAPE_CLASSES)
+@pytest.mark.parametrize("shape", SHAPE_CLASSES)
 def test_outlines_fill_their_box(shape):
     points = outline(shape)
     assert np.allclose(points.min(axis=0), 0)
@@ -624,14 +559,14 @@ def test_outlines_fill_their_box(shape):
 
 
 def test_shapes_are_drawn_once_and_the_same_for_a_seed(tmp_path, shapes_root, capsys):
-    again = data.draw_shapes(tmp_path, num_train=14, num_test=3)
+    again = draw_shapes(tmp_path, num_train=14, num_test=3)
     assert "drawing" in capsys.readouterr().err
     for path in shapes_root.rglob("*.*"):
         assert (again / path.relative_to(shapes_root)).read_bytes() == path.read_bytes()
-    assert data.draw_shapes(tmp_path, num_train=14, num_test=3) == again
+    assert draw_shapes(tmp_path, num_train=14, num_test=3) == again
     assert "drawing" not in capsys.readouterr().err
-    train, classes = data.read_voc(again, ["2007:train"])
-    test, _ = data.read_voc(again, ["2007:test"], classes)
-    assert classes == list(data.SHAPE_CLASSES)
+    train, classes = read_voc(again, ["2007:train"])
+    test, _ = read_voc(again, ["2007:test"], classes)
+    assert classes == list(SHAPE_CLASSES)
     assert (len(train), len(test)) == (14, 3)
     assert train[0].path.read_bytes() != test[0].path.read_bytes()

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import test_ops
 import torch
+from harness import op_table
+from harness.op_table import OPS, as_list, same_bits
 
 import ops
 from ops import ladder, reference
 
 ROOT = Path(__file__).resolve().parents[1]
+FUZZ = "tests/harness/fuzz_ops.py"
 BARRIER = "__syncthreads();"
 
 
@@ -66,6 +69,37 @@ def run(script, *arguments, **env):
     return result.returncode, result.stdout + result.stderr
 
 
+# ------------------------------------------------------------------------------- every op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nasty_cases(emulated, rng, op):
+    """What the fuzzer draws: any size, any strides, NaNs and infinities."""
+    for _ in range(6):
+        OPS[op].check(op, op_table.fuzz_case(op, rng))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strides_do_not_matter(kernels, rng, op):
+    arguments = test_ops.case_of(op, "strided", rng)
+    dense = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
+    results = as_list(kernels[op](*arguments)), as_list(kernels[op](*dense))
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
+        assert a.stride() == b.stride()
+
+
+# ------------------------------------------------------------------------------- colour
+
+
+def test_colour_random_cases(emulated, rng):
+    """More and fewer pixels than a block takes, and sizes whose images start at odd addresses."""
+    for p in (1, 7, 255, 256, 257, 600):
+        for _ in range(4):
+            op_table.check_equal("colour", op_table.colour_case(rng, 2, p))
+    test_ops.test_colour_by_hand("cpu")
+
+
 # ------------------------------------------------------------------------------- nms
 
 NMS = [*ladder.NMS, "nms"]
@@ -74,29 +108,29 @@ NMS = [*ladder.NMS, "nms"]
 @pytest.mark.parametrize("name", NMS)
 def test_nms_random_cases(kernels, rng, name):
     for _ in range(20):
-        case = test_ops.nms_case(rng, 70)
+        case = op_table.nms_case(rng, 70)
         assert torch.equal(kernels[name](*case), reference.nms(*case)), case
 
 
 @pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 150])
 @pytest.mark.parametrize("name", NMS)
 def test_nms_sizes(kernels, rng, name, n):
-    boxes = test_ops.random_boxes(n, rng)
+    boxes = op_table.random_boxes(n, rng)
     case = boxes, torch.rand(n, generator=rng), torch.arange(n) % 3, 0.45
     assert torch.equal(kernels[name](*case), reference.nms(*case))
 
 
 @pytest.mark.parametrize("name", ["nms_2_tiles", "nms_3_scan", "nms_4_block", "nms"])
 def test_nms_1000(kernels, rng, name):
-    boxes = test_ops.random_boxes(1000, rng, grid=40, odd=0.02)
-    scores = test_ops.random_scores(1000, rng, levels=50, odd=0.02)
+    boxes = op_table.random_boxes(1000, rng, grid=40, odd=0.02)
+    scores = op_table.random_scores(1000, rng, levels=50, odd=0.02)
     case = boxes, scores, torch.arange(1000) % 2, 0.45
     assert torch.equal(kernels[name](*case), reference.nms(*case))
 
 
 def test_nms_second_panel(kernels, rng):
     """Above 4,096 boxes the survivors of one panel suppress boxes of the next."""
-    centres = test_ops.random_boxes(40, rng)
+    centres = op_table.random_boxes(40, rng)
     boxes = centres[torch.arange(4200) % 40] + torch.randn(4200, 4, generator=rng) * 0.01
     case = boxes, torch.rand(4200, generator=rng), torch.arange(4200) // 40 % 2, 0.45
     keep = kernels["nms"](*case)
@@ -124,7 +158,7 @@ MATCH = [*ladder.MATCH, "match"]
 def test_match_random_cases(kernels, rng, name):
     for most in (6, 6, 20):
         for _ in range(8):
-            case = test_ops.match_case(rng, 150, most)
+            case = op_table.match_case(rng, 150, most)
             assert torch.equal(kernels[name](*case), reference.match(*case)), case
 
 
@@ -132,8 +166,8 @@ def test_match_random_cases(kernels, rng, name):
 def test_match_sizes(kernels, rng, name):
     """More boxes than a tile of shared memory holds, more than there are priors, and none."""
     for counts, p in [([], 5), ([0], 5), ([2], 0), ([0, 3, 0], 1), ([70, 1], 63), ([130], 200)]:
-        priors, boxes = test_ops.random_boxes(p, rng), test_ops.random_boxes(sum(counts), rng)
-        case = priors, boxes, test_ops.spread(counts), 0.5
+        priors, boxes = op_table.random_boxes(p, rng), op_table.random_boxes(sum(counts), rng)
+        case = priors, boxes, op_table.offsets_of(counts), 0.5
         assert torch.equal(kernels[name](*case), reference.match(*case)), (counts, p)
 
 
@@ -142,21 +176,21 @@ def test_match_special_cases(emulated, rng):
     test_ops.test_match_at_the_threshold("cpu")
     # Equal boxes, and fewer or as many priors: all want the same prior, round after round.
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(12, 4)
-    priors = test_ops.random_boxes(12, rng) * 0.2 + 0.4
+    priors = op_table.random_boxes(12, rng) * 0.2 + 0.4
     for case in [(priors, boxes), (priors[:5], boxes), (boxes, boxes)]:
-        test_ops.check_match(*case, test_ops.spread([12]), 0.9)
+        test_ops.check_match(*case, op_table.offsets_of([12]), 0.9)
 
 
 def test_match_ssd300(kernels, rng):
     """8,732 priors: several passes of the registers."""
-    priors = test_ops.random_boxes(8732, rng)
-    case = priors, test_ops.random_boxes(8, rng), test_ops.spread([5, 0, 3]), 0.5
+    priors = op_table.random_boxes(8732, rng)
+    case = priors, op_table.random_boxes(8, rng), op_table.offsets_of([5, 0, 3]), 0.5
     assert torch.equal(kernels["match"](*case), reference.match(*case))
 
 
 def test_match_wrong_offsets_stay_in_memory(kernels, rng):
     """On a GPU nobody can check them before the launch: they must not reach other rows."""
-    boxes = test_ops.random_boxes(4, rng)
+    boxes = op_table.random_boxes(4, rng)
     for offsets in ([-5, 99], [3, 1], [2**40, 2**41], [-(2**40), 2]):
         matched = kernels["match"](boxes, boxes, torch.tensor(offsets), 0.5)
         assert ((matched >= -1) & (matched < 4)).all()
@@ -168,15 +202,15 @@ def test_match_wrong_offsets_stay_in_memory(kernels, rng):
 def test_mined_random_cases(emulated, rng):
     for c in (1, 2, 21, 40):
         for style in (dict(), dict(levels=1), dict(odd=0.01)):
-            check = test_ops.mined_case(rng, 2, test_ops.random_int(0, 90, rng), c, **style)
-            test_ops.check_mined(*check)
+            check = op_table.mined_case(rng, 2, op_table.random_int(0, 90, rng), c, **style)
+            op_table.check_mined(*check)
     test_ops.test_mined_by_hand("cpu")
-    test_ops.check_mined(*test_ops.mined_case(rng, 1, 0, 3))
-    test_ops.check_mined(*test_ops.mined_case(rng, 0, 9, 3))
+    op_table.check_mined(*op_table.mined_case(rng, 1, 0, 3))
+    op_table.check_mined(*op_table.mined_case(rng, 0, 9, 3))
 
 
 def test_mined_gradient(kernels, rng):
-    logits, labels = test_ops.mined_case(rng, 3, 70, 40, odd=0.001)
+    logits, labels = op_table.mined_case(rng, 3, 70, 40, odd=0.001)
     result = kernels["mined_cross_entropy"](logits, labels, 3)
     arguments = torch.rand(3, 70, generator=rng), logits, labels, result
     torch.testing.assert_close(
@@ -193,25 +227,25 @@ def test_postprocess_random_cases(emulated, rng):
     images = excused = 0
     for background in (-3.0, 0.0, 5.0):
         for limits in [(0.0, 3, 0.45, 7), (0.01, 20, 0.45, 200), (0.3, 400, 0.3, 30)]:
-            p, c = test_ops.random_int(1, 200, rng), test_ops.random_int(2, 7, rng)
-            case = test_ops.post_case(rng, 2, p, c, background=background)
-            excused += test_ops.check_postprocess(*case, *limits)
+            p, c = op_table.random_int(1, 200, rng), op_table.random_int(2, 7, rng)
+            case = op_table.post_case(rng, 2, p, c, background=background)
+            excused += op_table.check_postprocess(*case, *limits)
             images += 2
     assert excused <= 0.06 * images
 
 
 @pytest.mark.parametrize("sizes", [(0, 9, 3), (2, 0, 3), (2, 9, 1), (1, 1, 2), (1, 64, 93)])
 def test_postprocess_sizes(emulated, rng, sizes):
-    test_ops.check_postprocess(*test_ops.post_case(rng, *sizes), 0.001, 400, 0.45, 50)
+    op_table.check_postprocess(*op_table.post_case(rng, *sizes), 0.001, 400, 0.45, 50)
 
 
 def test_postprocess_ties_and_by_hand(emulated, rng):
     """Equal scores beyond any cut; a whole image of equal logits selects by index alone."""
     test_ops.test_postprocess_by_hand("cpu")
     test_ops.test_postprocess_ties("cpu", rng)
-    loc, logits, priors = test_ops.post_case(rng, 1, 700, 3)
+    loc, logits, priors = op_table.post_case(rng, 1, 700, 3)
     logits[:] = torch.tensor([0.0, 1.0, 0.5])
-    test_ops.check_postprocess(loc, logits, priors, 0.01, 70, 0.45, 200)
+    op_table.check_postprocess(loc, logits, priors, 0.01, 70, 0.45, 200)
 
 
 def test_postprocess_odd_numbers(emulated, rng):
@@ -220,16 +254,16 @@ def test_postprocess_odd_numbers(emulated, rng):
 
 def test_postprocess_long_lists(emulated, rng):
     """More candidates, and more detections, than a block's shared memory holds."""
-    loc, logits, priors = test_ops.post_case(rng, 1, 1500, 3, background=-4.0)
+    loc, logits, priors = op_table.post_case(rng, 1, 1500, 3, background=-4.0)
     priors[:, 2:] *= 0.02
     assert int(reference.postprocess(loc, logits, priors, 0.01, 1400, 0.45, 2000)[3]) > 1024
-    test_ops.check_postprocess(loc, logits, priors, 0.01, 1400, 0.45, 2000)
+    op_table.check_postprocess(loc, logits, priors, 0.01, 1400, 0.45, 2000)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_postprocess_types(emulated, rng, dtype):
     """Read as they are, and converted one number at a time."""
-    loc, logits, priors = test_ops.post_case(rng, 1, 100, 5)
+    loc, logits, priors = op_table.post_case(rng, 1, 100, 5)
     limits = 0.01, 400, 0.45, 200
     mine = ops.postprocess(loc.to(dtype), logits.to(dtype), priors, *limits)
     theirs = ops.postprocess(loc.to(dtype).float(), logits.to(dtype).float(), priors, *limits)
@@ -239,17 +273,8 @@ def test_postprocess_types(emulated, rng, dtype):
 
 def test_postprocess_full_size(emulated, rng):
     """Untrained: all 174,640 pairs pass the threshold."""
-    case = test_ops.post_case(rng, 1, 8732, 21, spread_logits=0.3, background=0.0)
-    test_ops.check_postprocess(*case, 0.01, 400, 0.45, 200)
-
-
-@pytest.mark.parametrize("op", ops.NAMES)
-def test_strides_do_not_matter(kernels, rng, op):
-    arguments = test_ops.op_cases("strided", rng)[op]
-    dense = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
-    results = kernels[op](*arguments), kernels[op](*dense)
-    pairs = zip(*[x if isinstance(x, tuple) else (x,) for x in results], strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    case = op_table.post_case(rng, 1, 8732, 21, spread_logits=0.3, background=0.0)
+    op_table.check_postprocess(*case, 0.01, 400, 0.45, 200)
 
 
 # ------------------------------------------------------------------------------- the emulator
@@ -312,28 +337,29 @@ def test_emulator_primitives(tmp_path):
 @pytest.mark.parametrize(("sanitize", "cases"), [("thread", 20), ("address", 40)])
 def test_kernels_under_sanitizers(sanitize, cases):
     arguments = "--kernels", "cuda", "--sanitize", sanitize, "--cases", cases
-    status, output = run("tests/fuzz_ops.py", *arguments)
+    status, output = run(FUZZ, *arguments)
     assert status == 0, output[-4000:]
     assert f"sanitizer {sanitize} silent" in output
 
 
 @pytest.mark.slow
 def test_fuzz_cpu_kernels():
-    status, output = run("tests/fuzz_ops.py", "--cases", 1000)
+    status, output = run(FUZZ, "--cases", 1000)
     assert status == 0, output[-4000:]
     assert "sanitizer address silent" in output
 
 
-# One barrier of each op, all taken out of one copy: (file, how many barriers stand before it, case
-# of the fuzz script, which runs one op). select.h is postprocess's, too: a copy of its own.
+# One barrier of each op, all taken out of one copy: (file, how many barriers stand before it, op,
+# case of the fuzz script). select.h is postprocess's, too: a copy of its own.
 RACES = [
     [
-        ("match.cu", 1, 0),  # the tile of boxes is read before it is full
-        ("nms.cu", 1, 1),  # survivors of the chunk
-        ("postprocess.cu", 1, 34),  # the tile of logits
-        ("mined_cross_entropy.cu", 1, 3),  # the count of the positives
+        ("colour.cu", 0, "colour", 0),  # the tile of results
+        ("match.cu", 1, "match", 0),  # the tile of boxes is read before it is full
+        ("nms.cu", 1, "nms", 1),  # survivors of the chunk
+        ("postprocess.cu", 1, "postprocess", 34),  # the tile of logits
+        ("mined_cross_entropy.cu", 1, "mined_cross_entropy", 3),  # the count of the positives
     ],
-    [("select.h", 1, 34)],  # the histogram
+    [("select.h", 1, "postprocess", 34)],  # the histogram
 ]
 
 
@@ -350,12 +376,12 @@ def test_thread_sanitizer_finds_a_missing_barrier(tmp_path, races):
     """Take one __syncthreads() out of a kernel: ThreadSanitizer reports the race."""
     for folder in ("ops", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for file, skipped, _ in races:
+    for file, skipped, *_ in races:
         broken = tmp_path / "ops" / file
         broken.write_text(without_barrier(broken.read_text(), skipped))
-    for file, _, case in races:
+    for file, _, op, case in races:
         arguments = "--kernels", "cuda", "--sanitize", "thread", "--first", case, "--cases", 1
-        status, output = run(tmp_path / "tests/fuzz_ops.py", *arguments, "--only-final")
+        status, output = run(tmp_path / FUZZ, *arguments, "--only-final", "--op", op)
         assert status != 0, output[-4000:]
         assert "WARNING: ThreadSanitizer: data race" in output
         assert f"ops/{file}:" in output, output
@@ -365,16 +391,16 @@ def test_thread_sanitizer_finds_a_missing_barrier(tmp_path, races):
 def test_blocks_of_the_gpu_size():
     """All above runs blocks of 64 threads, because CPU threads are slow; here, 256 and 1,024."""
     arguments = "--kernels", "cuda", "--sanitize", "none", "--only-final", "--full-blocks"
-    status, output = run("tests/fuzz_ops.py", *arguments, "--cases", 12)
+    status, output = run(FUZZ, *arguments, "--cases", 12)
     assert status == 0, output[-4000:]
-    assert "12 cases of the cuda kernels equal the reference" in output
+    assert "12 cases of the cuda kernels of 5 ops equal the reference" in output
 
 
 @pytest.mark.slow
 def test_one_image_with_5000_boxes(kernels, rng):
     """79 tiles of boxes, and more boxes than priors: all but 20 look again in vain."""
-    priors, boxes = test_ops.random_boxes(20, rng), test_ops.random_boxes(5000, rng)
-    case = priors, boxes, test_ops.spread([5000]), 0.5
+    priors, boxes = op_table.random_boxes(20, rng), op_table.random_boxes(5000, rng)
+    case = priors, boxes, op_table.offsets_of([5000]), 0.5
     assert torch.equal(kernels["match"](*case), reference.match(*case))
 
 
@@ -391,61 +417,37 @@ def cuda_rungs():
 @pytest.mark.cuda
 def test_cuda_rungs(cuda_rungs, rng):
     for name, rung in cuda_rungs.items():
-        op = name.split("_")[0]
+        op = op_table.op_of_rung(name)
         for _ in range(200):
             big = 1000 if op == "nms" else 30
             case = (
-                test_ops.nms_case(rng, big) if op == "nms" else test_ops.match_case(rng, 900, big)
+                op_table.nms_case(rng, big) if op == "nms" else op_table.match_case(rng, 900, big)
             )
             on_gpu = [x.cuda() if torch.is_tensor(x) else x for x in case]
             assert torch.equal(rung(*on_gpu).cpu(), getattr(reference, op)(*case)), name
 
 
 @pytest.fixture
-def batch(rng):
-    """Arguments of the ops as a training or test batch has them, on the GPU."""
+def batch(rng, op):
+    """Arguments of the op as a training or test batch has them, on the GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not ops.COMPILED["cuda"]:
         pytest.skip(f"the CUDA kernels are not built ({ops.describe()})")
-    counts = torch.poisson(torch.full((32,), 2.4), generator=rng).int().tolist()
-    priors, boxes = test_ops.random_boxes(8732, rng), test_ops.random_boxes(sum(counts), rng)
-    k = 9000
-    cases = {
-        "match": (priors, boxes, test_ops.spread(counts), 0.5),
-        "mined_cross_entropy": (*test_ops.mined_case(rng, 8, 8732, 21), 3),
-        "nms": (test_ops.random_boxes(k, rng), torch.rand(k), torch.arange(k) % 20, 0.45),
-        "postprocess": (*test_ops.post_case(rng, 4, 8732, 21), 0.01, 400, 0.45, 200),
-    }
-    return {
-        op: [x.cuda() if torch.is_tensor(x) else x for x in arguments]
-        for op, arguments in cases.items()
-    }
-
-
-def as_list(result):
-    return list(result) if isinstance(result, tuple) else [result]
+    return [x.cuda() if torch.is_tensor(x) else x for x in OPS[op].full_case(rng)]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("op", ops.NAMES)
-def test_cuda_equals_cpu(batch, op):
-    arguments = batch[op]
-    on_cpu = [x.cpu() if torch.is_tensor(x) else x for x in arguments]
-    if op == "postprocess":
-        test_ops.check_postprocess(*on_cpu, device="cuda")
-        return
-    if op == "mined_cross_entropy":
-        test_ops.check_mined(*on_cpu, device="cuda")
-        return
-    assert torch.equal(getattr(ops, op)(*arguments).cpu(), getattr(ops, op)(*on_cpu))
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_full_size(batch, op):
+    OPS[op].check(op, [x.cpu() if torch.is_tensor(x) else x for x in batch], device="cuda")
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_cuda_graph(batch, op):
     """Recorded once, replayed on other numbers: so the op neither waits nor looks at its data."""
-    arguments = batch[op]
+    arguments = batch
     for _ in range(3):  # torch asks for a warm-up on a side stream
         with torch.cuda.stream(torch.cuda.Stream()):
             getattr(ops, op)(*arguments)
@@ -453,18 +455,19 @@ def test_cuda_graph(batch, op):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = as_list(getattr(ops, op)(*arguments))
-    first = arguments[1 if op == "postprocess" else 0]
-    first.copy_(first.flip(0 if op == "nms" else 1 if op == "postprocess" else 0))
+    for x in arguments:
+        if torch.is_tensor(x) and x.is_floating_point():
+            x.copy_(x.flip(0))
     graph.replay()
     for a, b in zip(result, as_list(getattr(ops, op)(*arguments)), strict=True):
-        assert torch.equal(a, b)
+        assert same_bits(a, b)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_cuda_other_stream(batch, op):
     """The op runs on the current stream: after what was queued there, before what comes next."""
-    arguments = batch[op]
+    arguments = batch
     expected = as_list(getattr(ops, op)(*arguments))
     late = [torch.zeros_like(x) if torch.is_tensor(x) else x for x in arguments]
     torch.cuda.synchronize()
@@ -481,10 +484,34 @@ def test_cuda_other_stream(batch, op):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_cuda_does_not_wait(batch, op):
     torch.cuda.set_sync_debug_mode("error")
     try:
-        getattr(ops, op)(*batch[op])
+        getattr(ops, op)(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_copy_beside_the_network(rng):
+    """On a stream of its own, while the compute stream is busy; what comes after waits for it."""
+    from plumbing.prefetch import copy_beside
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    batch = [torch.rand(1 << 22, generator=rng).pin_memory() for _ in range(3)]
+    copy_beside(batch, "cuda")  # the first call makes the stream
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # about a tenth of a second of other work
+    there = copy_beside(batch, "cuda")
+    total = sum(x.sum() for x in there)  # queued behind both
+    assert torch.isclose(total.cpu(), sum(x.sum() for x in batch))
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(there, batch, strict=True))
+
+
+def test_copy_beside_on_a_cpu(rng):
+    from plumbing.prefetch import copy_beside
+
+    batch = [torch.rand(5, generator=rng), torch.arange(3)]
+    assert all(x is y for x, y in zip(copy_beside(batch, "cpu"), batch, strict=True))

@@ -2,6 +2,7 @@
 
 import math
 
+import plain
 import pytest
 import torch
 
@@ -19,47 +20,13 @@ from scratchdet import (
 # ----------------------------------------------------------- the same, in loops over numbers
 
 
-def iou(a, b) -> float:
-    """Of two boxes xyxy."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    inter = width * height
-    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
-
-
-def match_by_force(priors, boxes) -> list[int]:
-    """The box of each prior or -1, of one image: first every box its own, best pair first."""
-    table = {
-        (b, p): iou(box, prior) for b, box in enumerate(boxes) for p, prior in enumerate(priors)
-    }
-    matched = [-1] * len(priors)
-    free_boxes, free_priors = set(range(len(boxes))), set(range(len(priors)))
-    while free_boxes and free_priors:
-        b, p = max(
-            ((b, p) for b in free_boxes for p in free_priors),
-            key=lambda pair: (table[pair], -pair[0], -pair[1]),
-        )
-        if table[b, p] <= 1e-6:
-            break
-        matched[p] = b
-        free_boxes.remove(b)
-        free_priors.remove(p)
-    for p in free_priors:
-        best = max(range(len(boxes)), key=lambda b: (table[b, p], -b), default=None)
-        if best is not None and table[best, p] >= 0.5:
-            matched[p] = best
-    return matched
-
-
 def loss_by_force(loc, logits, priors, boxes_of, labels_of) -> tuple[float, float, int]:
     """SSD's loss with Python floats: loc[n][p][k], logits[n][p][c], priors cxcywh, boxes xyxy."""
     corners = [(x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in priors]
     total_loc = total_conf = 0.0
     positives = 0
     for n, boxes in enumerate(boxes_of):
-        matched = match_by_force(corners, boxes)
+        matched = plain.match(corners, boxes)
         negatives = []
         for p, b in enumerate(matched):
             exp_sum = sum(math.exp(x) for x in logits[n][p])
@@ -293,7 +260,7 @@ def test_targets_equal_brute_force(rng, counts):
         split(x["boxes_xyxy"], x["offsets"]), split(x["labels"], x["offsets"]), strict=True
     )
     for n, (boxes, names) in enumerate(per_image):
-        matched = match_by_force(priors, boxes)
+        matched = plain.match(priors, boxes)
         assert labels[n].tolist() == [names[b] if b >= 0 else 0 for b in matched]
         for p, b in enumerate(matched):
             wanted = torch.zeros(4)
@@ -309,7 +276,7 @@ def test_two_boxes_that_share_their_best_prior_by_hand():
     priors = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.4, 0.0, 1.4, 1.0], [3.0, 3.0, 4.0, 4.0]])
     boxes = torch.tensor([[0.0, 0.0, 0.8, 1.0], [0.0, 0.0, 0.9, 1.0]])
     # box 0: .8, .4 / 1.4; box 1: .9, .5 / 1.4
-    assert iou(boxes[0], priors[1]) == pytest.approx(0.4 / 1.4)
+    assert plain.iou(boxes[0], priors[1]) == pytest.approx(0.4 / 1.4)
     matched = ops.match(priors, boxes, torch.tensor([0, 2]), 0.5)
     assert matched.tolist() == [[1, 0, -1]]
     # the same in the other order: box 0 is now the one with .9

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,21 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import scratchdet
-from experiments import baselines
 from ops.reference import decode
+from plumbing.checkpoint import read_checkpoint
 from scratchdet import (
-    BACKBONES,
     BasicBlock,
     Config,
     ScratchDet,
     cxcywh_to_xyxy,
     detect,
     encode,
+    load_detector,
     make_priors,
-    priors_per_cell,
     summary,
 )
 
+OURS = ("root-resnet18", "root-resnet34", "resnet18", "resnet34", "resnet18-a", "resnet18-b")
 COCO_80 = tuple(f"class {i}" for i in range(80))
 NARROW = Config(backbone="root-resnet18", width=0.25, classes=("a", "b", "c"))
 
@@ -90,8 +91,10 @@ def test_parameters_and_macs(fields, millions, gmacs):
     assert float(last.split()[-2]) == pytest.approx(gmacs, abs=0.0101), last
 
 
-@pytest.mark.parametrize("extras", ["residual", "conv"])
-@pytest.mark.parametrize("backbone", list(BACKBONES))
+@pytest.mark.parametrize(
+    ("backbone", "extras"),
+    [(name, extras) for name in OURS for extras in ("residual", "conv")] + [("vgg16", "residual")],
+)
 def test_every_backbone_has_the_six_maps_and_8732_priors(backbone, extras):
     model = on_meta(backbone=backbone, extras=extras, width=0.25)
     assert [h for h, _ in model.map_sizes(300, 300)] == [38, 19, 10, 5, 3, 1]
@@ -118,14 +121,6 @@ def test_a_size_without_six_maps_is_refused(backbone):
     assert len(on_meta(backbone=backbone, size=257).head.loc) == 6
     with pytest.raises(ValueError, match=f"size = 256: {backbone} makes 5 maps .* not 6"):
         on_meta(backbone=backbone, size=256)
-
-
-def test_priors_of_another_number_are_refused_at_construction(monkeypatch):
-    rows = list(scratchdet.PRIORS["voc"])
-    rows[0] = (30, 60, 8, (2, 3))
-    monkeypatch.setitem(scratchdet.PRIORS, "voc", tuple(rows))
-    with pytest.raises(ValueError, match="11620 default boxes, not 8732"):
-        on_meta(backbone="root-resnet18")
 
 
 def test_the_last_extra_block_leads_from_3x3_to_1x1():
@@ -160,6 +155,54 @@ def test_bn_modes_place_bn_where_table_1_says(backbone, bn):
         assert all((conv.bias is None) == wanted for conv in convs), name
     assert len([m for m in model.head.modules() if isinstance(m, nn.Conv2d)]) == 12
     assert not any(isinstance(m, nn.ReLU) for m in model.head.modules())
+
+
+def test_the_eps_of_the_heads_batchnorm(rng):
+    """Caffe's heads have 1e-3: on a map of variance 1e-3 their outputs are 1 / sqrt(2) as large."""
+    for eps, gain in ((1e-5, 1 / math.sqrt(1.01)), (1e-3, 1 / math.sqrt(2))):
+        model = on_meta(backbone="root-resnet18", width=0.25, head_bn_eps=eps)
+        eps_of = {m.eps for m in model.head.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert eps_of == {eps}
+        others = {m.eps for m in model.features.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert others == {1e-5}
+        norm = scratchdet.conv_bn(1, 1, 1, bn=True, relu=False, eps=eps)[1]
+        x = torch.randn(64, 1, 8, 8, generator=rng)
+        x = (x - x.mean()) / x.std(correction=0) * math.sqrt(1e-3)
+        assert norm(x).std(correction=0).item() == pytest.approx(gain, rel=1e-4)
+
+
+def test_l2_norm_scales_conv4_3_alone(rng):
+    """Per pixel to length 20, over channels; the other five maps stay as they are."""
+    torch.manual_seed(0)
+    plain = ScratchDet(Config("vgg16", width=0.05)).features.eval()
+    torch.manual_seed(0)
+    normed = ScratchDet(Config("vgg16", width=0.05, l2_norm=True)).features.eval()
+    assert set(normed.state_dict()) - set(plain.state_dict()) == {"norm.weight"}
+    x = torch.randn(1, 3, 300, 300, generator=rng)
+    with torch.no_grad():
+        before, after = plain(x), normed(x)
+    for a, b in zip(before[1:], after[1:], strict=True):
+        assert torch.equal(a, b)
+    lengths = before[0].square().sum(1, keepdim=True).sqrt()
+    assert lengths.min() > 0
+    torch.testing.assert_close(after[0], 20 * before[0] / lengths)
+    by_hand = scratchdet.L2Norm(2)(torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
+    torch.testing.assert_close(by_hand.flatten(), torch.tensor([12.0, 16.0]))
+    assert scratchdet.L2Norm(2)(torch.zeros(1, 2, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"backbone": "vgg16", "stem": (3, 1, 1)}, "stem = .3, 1, 1.: vgg16 has no such option"),
+        ({"backbone": "vgg16", "extras": "conv"}, "it has l2_norm"),
+        ({"backbone": "resnet18", "l2_norm": True}, "l2_norm = True: .* it has stem and extras"),
+        ({"bn": "backbone", "head_bn_eps": 1e-3}, "bn = 'backbone' has none there"),
+    ],
+)
+def test_options_without_effect_are_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Config(**fields)
 
 
 def test_weights_are_caffes_xavier():
@@ -260,6 +303,26 @@ def test_priors_of_another_image_size_keep_their_pixels():
     torch.testing.assert_close(priors[-4], torch.tensor([200.0, 450, 264, 264]))
 
 
+def test_priors_of_the_same_fraction_of_another_image_size():
+    """An image of 150 x 600 (h x w): sides half as high and twice as wide, in pixels; the distance
+    between cells is the stride of the map."""
+    maps = [(19, 75), (10, 38), (5, 19), (3, 10), (2, 5), (1, 3)]
+    fraction = make_priors(Config(), maps, (150, 600), same_fraction=True)
+    pixels = fraction * torch.tensor([600.0, 150, 600, 150])
+    torch.testing.assert_close(pixels[0], torch.tensor([4.0, 4, 60, 15]))
+    torch.testing.assert_close(pixels[4], torch.tensor([12.0, 4, 60, 15]))
+    torch.testing.assert_close(pixels[75 * 4], torch.tensor([4.0, 12, 60, 15]))
+    torch.testing.assert_close(fraction[0, 2:], torch.tensor([0.1, 0.1]))  # 30 of 300
+    # map 5: 2 x 5 cells of 75 x 120 pixels; its small square is 213 / 300 of the image
+    at = sum(h * w * a for (h, w), a in zip(maps[:4], (4, 6, 6, 6), strict=True))
+    torch.testing.assert_close(pixels[at, :2], torch.tensor([60.0, 37.5]))
+    torch.testing.assert_close(fraction[at, 2:], torch.tensor([0.71, 0.71]))
+    # of a shape that occurs in no other image: as many rows as in pixels, the same centres
+    sides_in_pixels = make_priors(Config(), maps, (150, 600))
+    assert torch.equal(fraction[:, :2], sides_in_pixels[:, :2])
+    assert torch.equal(make_priors(Config(), same_fraction=True), make_priors(Config()))
+
+
 # --------------------------------------------------------------------------- box coding
 
 
@@ -296,7 +359,8 @@ IMAGE_HW = (48, 40)
 
 def copying_head(config: Config, channels: int = 1) -> nn.Module:
     """A head without BN whose weights are all 0, to be set by hand."""
-    head = scratchdet.Head([channels] * 6, priors_per_cell(config), replace(config, bn="none"))
+    body = SimpleNamespace(channels=[channels] * 6)
+    head = scratchdet.Head(body, replace(config, bn="none"))
     for p in head.parameters():
         nn.init.zeros_(p)
     return head
@@ -580,7 +644,7 @@ def test_bf16_and_channels_last_give_nearly_the_same(rng):
 
 
 def test_another_body_can_be_plugged_in(monkeypatch):
-    """As experiments/baselines.py does: anything with .channels and six maps."""
+    """As experiments/baselines.py does: anything with .channels and as many maps."""
 
     class Body(nn.Module):
         channels = (4, 4, 4, 4, 4, 4)
@@ -592,8 +656,9 @@ def test_another_body_can_be_plugged_in(monkeypatch):
         def forward(self, x):
             return [F.adaptive_avg_pool2d(self.conv(x), s) for s in (38, 19, 10, 5, 3, 1)]
 
-    monkeypatch.setitem(baselines.BODIES, "dsod300", lambda config: Body())
-    model = ScratchDet(replace(NARROW, backbone="dsod300"))
+    monkeypatch.setitem(scratchdet.BODIES, "mine", lambda config: Body())
+    monkeypatch.setitem(scratchdet.TAKES, "mine", ())
+    model = ScratchDet(replace(NARROW, backbone="mine"))
     loc, logits = model(torch.zeros(2, 3, 300, 300))
     assert loc.shape == (2, 8732, 4)
     assert logits.shape == (2, 8732, 4)
@@ -639,11 +704,12 @@ def test_detect_by_hand():
 
 def test_config_survives_json():
     config = Config(
-        backbone="vgg16", bn="none", width=0.5, stem=(3, 2, 1), classes=("dog", "cat"),
-        priors="coco", channels="bgr", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), extras="conv",
+        backbone="resnet18", bn="none", width=0.5, stem=(3, 2, 1), classes=("dog", "cat"),
+        priors="coco", channels="bgr", mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0),
     )  # fmt: skip
     assert Config.from_dict(json.loads(json.dumps(asdict(config)))) == config
     assert Config.from_dict(asdict(Config())) == Config()
+    assert Config.from_dict({"backbone": "vgg16", "l2_norm": True}).l2_norm
 
 
 @pytest.mark.parametrize(
@@ -664,6 +730,7 @@ def test_config_survives_json():
         ({"stem": (3, 0, 1)}, "odd kernel"),
         ({"stem": (3, 3, 0)}, "odd kernel"),
         ({"size": 0}, "size = 0"),
+        ({"head_bn_eps": 0.0}, "head_bn_eps = 0.0"),
         ({"std": (58.0, float("nan"), 58.0)}, "3 numbers above 0"),
     ],
 )
@@ -678,14 +745,14 @@ def test_config_of_a_newer_version_is_named():
 
 
 def checkpoint_of(model: ScratchDet) -> dict:
-    return {"config": asdict(model.config), "ema": None, "model": model.state_dict(), "step": 7}
+    return {"config": asdict(model.config), "model": model.state_dict(), "step": 7}
 
 
-def test_load_gives_the_network_back_in_evaluation_mode(tmp_path):
+def test_a_detector_comes_back_in_evaluation_mode(tmp_path):
     torch.manual_seed(0)
     model = ScratchDet(NARROW)
     torch.save(checkpoint_of(model), tmp_path / "last.pt")
-    loaded, checkpoint = scratchdet.load(tmp_path / "last.pt")
+    loaded, checkpoint = load_detector(tmp_path / "last.pt")
     assert loaded.config == NARROW
     assert not loaded.training
     assert checkpoint["step"] == 7
@@ -693,12 +760,22 @@ def test_load_gives_the_network_back_in_evaluation_mode(tmp_path):
         assert torch.equal(loaded.state_dict()[key], value)
 
 
-def test_load_prefers_averaged_weights(tmp_path):
-    model = ScratchDet(NARROW)
+def test_checkpoints_of_before_are_still_read(tmp_path):
+    """Of commit 050fbda: without the newer fields of Config; with averaged weights, which win; and
+    with options that had no effect."""
+    model = ScratchDet(replace(NARROW, backbone="vgg16", width=0.05))
+    old = checkpoint_of(model)
+    for field in ("l2_norm", "head_bn_eps"):
+        del old["config"][field]
     ema = {k: torch.full_like(v, 3) for k, v in model.state_dict().items()}
-    torch.save(checkpoint_of(model) | {"ema": ema}, tmp_path / "last.pt")
-    loaded, _ = scratchdet.load(tmp_path / "last.pt")
-    assert all((v == 3).all() for v in loaded.state_dict().values())
+    for averaged, value in ((None, None), (ema, 3)):
+        old["config"] |= {"extras": "conv", "stem": (3, 1, 1)}
+        torch.save(old | {"ema": averaged}, tmp_path / "last.pt")
+        loaded, _ = load_detector(tmp_path / "last.pt")
+        assert loaded.config == model.config
+        weights = loaded.state_dict()
+        assert all((weights[k] == (v if value is None else value)).all()
+                   for k, v in model.state_dict().items())  # fmt: skip
 
 
 class Bomb:
@@ -740,25 +817,20 @@ def damaged_files(folder) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_load_of_anything_else_is_one_clear_error(tmp_path):
+def test_reading_anything_else_is_one_clear_error(tmp_path):
+    of_another = ("another backbone", "weights of other classes", "weights of another width")
+    of_another += ("a weight missing", "width of another type", "weights are text")
     for name in damaged_files(tmp_path):
         with pytest.raises(ValueError, match=r"\w") as caught:
-            scratchdet.load(tmp_path / name)
+            load_detector(tmp_path / name)
         message = str(caught.value)
         assert str(tmp_path / name) in message, name
         assert "\n" not in message, name
         assert len(message) < 600, name
-        another = name in (
-            "weights of other classes",
-            "weights of another width",
-            "a weight missing",
-        )
-        assert ("of another network" in message) == another, name
-
-
-def test_priors_of_another_number_of_maps_are_refused_with_those_that_fit():
-    with pytest.raises(ValueError, match="has 7: expected coco512"):
-        on_meta(backbone="scratchdet512")
+        assert ("of another network" in message) == (name in of_another), name
+        if name not in of_another:  # it is the file that is at fault
+            with pytest.raises(ValueError, match="not a checkpoint|no such"):
+                read_checkpoint(tmp_path / name)
 
 
 def test_the_table_of_the_network(capsys):

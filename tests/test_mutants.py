@@ -1,11 +1,11 @@
-"""Every planted bug must turn the tests red: the table of mutants.py."""
+"""Every planted bug must turn the tests red: the table of harness/mutants.py."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import mutants
 import pytest
+from harness import mutants
 
 
 @pytest.mark.slow
@@ -13,7 +13,7 @@ def test_every_planted_bug_is_seen(capsys):
     """In a process of its own, which has imported nothing of the repository."""
     with capsys.disabled():
         print(flush=True)
-        program = Path(__file__).with_name("mutants.py")
+        program = Path(mutants.__file__)
         done = subprocess.run([sys.executable, str(program)], timeout=900)
     assert done.returncode == 0, "a bug was not seen, or could not be planted: the table above"
 

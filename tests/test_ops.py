@@ -1,32 +1,37 @@
-"""Every op against the reference, and the reference against brute force.
+"""Every op against the reference, and the reference against plain.py, which shares nothing with it.
 
-The brute-force versions below share nothing with ops/reference.py: NumPy, scalar by scalar, from
-the definition. A test of a kernel skips, with the reason, where the kernel is not built.
+A test of a kernel skips, with the reason, where the kernel is not built. What holds for every op is
+tested for every entry of harness/op_table.py.
 """
 
 import numpy as np
+import plain
 import pytest
 import torch
+from harness.op_table import (
+    OPS,
+    as_list,
+    check_equal,
+    check_mined,
+    check_postprocess,
+    colour_case,
+    fuzz_case,
+    match_case,
+    mined_case,
+    nms_case,
+    offsets_of,
+    post_case,
+    random_boxes,
+    random_int,
+    random_scores,
+    same_bits,
+    strided,
+)
 
 import ops
 from ops import reference
 
 INF, NAN = float("inf"), float("nan")
-ODD_BOXES = torch.tensor(
-    [
-        [0.2, 0.2, INF, 0.6],  # infinite
-        [-INF, 0.1, 0.5, 0.5],
-        [NAN, 0.1, 0.5, 0.5],
-        [0.6, 0.2, 0.2, 0.6],  # inverted in x: negative area
-        [0.6, 0.6, 0.2, 0.2],  # inverted twice: positive area
-        [0.3, 0.3, 0.3, 0.3],  # a point
-        [0.3, 0.1, 0.3, 0.9],  # a line
-        [-1e30, -1e30, 1e30, 1e30],  # its area overflows
-        [0.0, 0.0, 1e-30, 1e-30],  # its area underflows
-        [-5.0, -5.0, 5.0, 5.0],  # far outside the image
-        [-0.0, 0.0, 0.5, 0.5],
-    ]
-)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -39,117 +44,124 @@ def device(request):
     return request.param
 
 
-# ------------------------------------------------------------------------------- cases
+# ------------------------------------------------------------------------------- colour
+
+NEUTRAL = [0.0, 0.0, 1.0, 1.0, 0.0]
+NOTHING = [0.0] * 3, [1.0] * 3  # a mean and a std that leave the pixels as they are
 
 
-def random_boxes(n, rng, *, grid=0, odd=0.0):
-    """(n,4) xyxy; on a grid of 1/`grid` (many ties and exact IoUs); a share `odd` of odd boxes."""
-    corner, size = torch.rand(n, 2, generator=rng), torch.rand(n, 2, generator=rng) * 0.5
-    boxes = torch.cat([corner, corner + size], dim=1)
-    if grid:
-        boxes = (boxes * grid).round() / grid
-    replaced = torch.rand(n, generator=rng) < odd
-    which = torch.randint(len(ODD_BOXES), (n,), generator=rng)
-    return torch.where(replaced[:, None], ODD_BOXES[which], boxes)
+def colours(n, rng):
+    """Jitters (N,5) as training samples them: each step on half the time."""
+    drawn = torch.rand(n, 5, generator=rng) * 2 - 1
+    drawn = torch.tensor(NEUTRAL) + drawn * torch.tensor([0, 32, 0.5, 0.5, 18])
+    drawn[:, 0] = 1
+    return torch.where(torch.rand(n, 5, generator=rng) < 0.5, drawn, torch.tensor(NEUTRAL))
 
 
-def random_scores(n, rng, *, levels=0, odd=0.0):
-    """(n,), negative ones, too; `levels` > 0: that many different values; some NaN, inf and -0."""
-    scores = torch.randn(n, generator=rng)
-    if levels:
-        scores = (scores * levels).round() / levels
-    strange = torch.tensor([NAN, INF, -INF, -0.0, 0.0])
-    which = torch.randint(len(strange), (n,), generator=rng)
-    return torch.where(torch.rand(n, generator=rng) < odd, strange[which], scores)
+def whole(images):
+    n, _, height, width = images.shape
+    return torch.tensor([[0, 0, width, height]] * n)
 
 
-def random_int(low, high, rng):
-    return int(torch.randint(low, high, (), generator=rng))
+def test_colour_reference_is_plain(rng):
+    """Pixel by pixel with the standard library's HSV, which works in float64: where a half rounds
+    the other way, one grey level apart."""
+    pixels = torch.randint(0, 256, (60, 3), generator=rng)
+    pixels[:4] = torch.tensor([[0, 0, 0], [255, 255, 255], [7, 7, 7], [200, 10, 10]])
+    images = pixels.T.reshape(1, 3, 6, 10).float()
+    for jitter in colours(40, rng):
+        got = reference.jitter_colour(images, jitter[None])[0].flatten(1).T
+        want = [plain.jitter_colour(p, *jitter.tolist()) for p in pixels.tolist()]
+        apart = (got - torch.tensor(want)).abs()
+        assert apart.max() <= 1
+        assert (apart > 0).float().mean() < 0.01
 
 
-def spread(counts):
-    """Boxes of each image -> offsets (N+1,)."""
-    return torch.tensor([0, *np.cumsum(counts)], dtype=torch.int64)
+def test_colour_against_opencv(rng):
+    cv2 = pytest.importorskip("cv2", reason="opencv-python is not installed")
+    image = torch.randint(0, 256, (40, 40, 3), generator=rng, dtype=torch.uint8)
+    for saturation, hue in ((0.6, 0.0), (1.4, 0.0), (1.0, 12.0), (1.0, -15.0)):
+        hsv = cv2.cvtColor(image.numpy(), cv2.COLOR_RGB2HSV).astype(np.float64)
+        hsv[..., 1] *= saturation
+        hsv[..., 0] += hue
+        want = cv2.cvtColor(hsv.round().clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+        x = image.permute(2, 0, 1)[None].float()
+        jitter = torch.tensor([[0.0, 0.0, 1.0, saturation, hue]])
+        got = reference.jitter_colour(x, jitter)[0].permute(1, 2, 0)
+        apart = np.abs(got.numpy() - want)
+        assert np.median(apart) <= 1
+        assert np.percentile(apart, 99) <= 6  # OpenCV rounds hue to 2 degrees, S to 1/255
 
 
-# ------------------------------------------------------------------------------- brute force
+@pytest.mark.parametrize("cases", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_colour_random_cases(device, rng, cases):
+    for i in range(cases):
+        check_equal("colour", colour_case(rng, i % 4, random_int(0, 700, rng)), device)
 
 
-def plain_iou(a, b):
-    """Of two NumPy float32 boxes, by the definition, in float32."""
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return np.float32(0)
-    zero = np.float32(0)
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        width = max(zero, min(a[2], b[2]) - max(a[0], b[0]))
-        height = max(zero, min(a[3], b[3]) - max(a[1], b[1]))
-        shared = width * height
-        both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-        return shared / both if both > 0 else zero
+@pytest.mark.parametrize("size", [300, 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_colour_full_size(device, rng, size, dtype):
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=rng)
+    inside = torch.tensor([[0, 0, size, size], [10, 0, 11, size], [0, 200, 250, 203]])
+    case = images, inside, colours(3, rng), [123.0, 117.0, 104.0], [58.0, 57.0, 50.0], "bgr", dtype
+    check_equal("colour", case, device)
 
 
-def plain_nms(boxes, scores, groups, threshold):
-    """For each box in turn: is there a better kept one of its group that overlaps it?"""
-    boxes, scores, groups = boxes.numpy(), scores.numpy(), groups.numpy()
-    usable = [
-        i for i in range(len(boxes)) if np.isfinite(boxes[i]).all() and np.isfinite(scores[i])
-    ]
-    kept = []
-    for i in sorted(usable, key=lambda i: (-scores[i], i)):
-        rivals = [k for k in kept if groups[k] == groups[i]]
-        if all(plain_iou(boxes[k], boxes[i]) <= np.float32(threshold) for k in rivals):
-            kept.append(i)
-    return torch.tensor([i in kept for i in range(len(boxes))], dtype=torch.bool)
+def test_colour_alone_and_in_a_batch(device, rng):
+    images = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8, generator=rng)
+    jitter = torch.cat([colours(5, rng), torch.tensor([NEUTRAL])]).to(device)
+    arguments = images.to(device), whole(images).to(device), jitter
+    together = ops.colour(*arguments, *NOTHING)
+    for n in range(6):
+        alone = ops.colour(*[x[n : n + 1] for x in arguments], *NOTHING)
+        assert torch.equal(together[n : n + 1], alone)
+    assert torch.equal(together[5].cpu(), images[5].float())  # nothing changes nothing
+    assert torch.equal(together, together.round().clamp(0, 255))
 
 
-def plain_match(priors, boxes, offsets, threshold):
-    """All pairs of an image in one list, best first; take a pair where both are still free."""
-    priors, boxes = priors.numpy(), boxes.numpy()
-    result = np.full((len(offsets) - 1, len(priors)), -1)
-    for n, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        iou = {
-            (g, p): plain_iou(boxes[g], priors[p])
-            for g in range(start, end)
-            for p in range(len(priors))
-        }
-        for p in range(len(priors)):
-            best = max(range(start, end), key=lambda g: (iou[g, p], -g), default=None)  # noqa: B023
-            if best is not None and iou[best, p] >= np.float32(threshold):
-                result[n, p] = best
-        free_boxes, free_priors = set(range(start, end)), set(range(len(priors)))
-        for g, p in sorted(iou, key=lambda pair: (-iou[pair], pair)):  # noqa: B023
-            if g in free_boxes and p in free_priors and iou[g, p] > np.float32(1e-6):
-                result[n, p] = g
-                free_boxes.remove(g)
-                free_priors.remove(p)
-    return torch.from_numpy(result)
+def test_colour_by_hand(device):
+    """Two pixels of which one is inside: + 10, x 1.5 and to the nearest even; mean, std, order."""
+    images = torch.tensor([[10, 99], [200, 99], [33, 99]], dtype=torch.uint8)[None, :, None]
+    jitter = torch.tensor([[0.0, 10.0, 1.5, 1.0, 0.0]])  # 30, 255 (of 315), 64 (of 64.5)
+    arguments = images.to(device), torch.tensor([[0, 0, 1, 1]]).to(device), jitter.to(device)
+    x = ops.colour(*arguments, (10, 5, 4), (2, 5, 10))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x[0, :, 0].tolist() == [[10, 0], [50, 0], [6, 0]]
+    assert ops.colour(*arguments, (10, 5, 4), (2, 5, 10), "bgr")[0, :, 0, 0].tolist() == [6, 50, 10]
+    last = jitter.clone()
+    last[0, 0] = 1  # contrast last: the same here, for nothing lies between
+    assert torch.equal(ops.colour(*arguments[:2], last.to(device), (10, 5, 4), (2, 5, 10)), x)
+    # Between them: full saturation of (20, 210, 43), then contrast; and the other way round.
+    jitter[0, 3], last[0, 3] = 9.0, 9.0
+    first = ops.colour(*arguments[:2], jitter.to(device), *NOTHING)[0, :, 0, 0]
+    assert first.tolist() == [0, 255, 39]  # (30, 255, 64): all less 30 / 255 of what lacks to 255
+    after = ops.colour(*arguments[:2], last.to(device), *NOTHING)[0, :, 0, 0]
+    assert after.tolist() == [0, 255, 38]  # (20, 210, 43) -> (0, 210, 25) -> 37.5
+
+
+def test_normalise_of_float_images(rng):
+    """What detect_image and the exported network use: no rounding to whole numbers."""
+    x = torch.rand(2, 3, 5, 7, generator=rng) * 255
+    mean, std = [123.0, 117.0, 104.0], [58.0, 57.0, 50.0]
+    got = reference.normalise(x, mean, std, "bgr")
+    for c in range(3):
+        assert torch.equal(got[:, 2 - c], (x[:, c] - mean[c]) / std[c])
 
 
 # ------------------------------------------------------------------------------- nms
 
 
 def check_nms(boxes, scores, groups, threshold, device="cpu", expected=None):
-    if expected is None:
-        expected = reference.nms(boxes, scores, groups, threshold)
-    keep = ops.nms(boxes.to(device), scores.to(device), groups.to(device), threshold)
-    assert keep.dtype == torch.bool
-    assert torch.equal(keep.cpu(), expected), (boxes, scores, groups, threshold)
-
-
-def nms_case(rng, largest):
-    n = random_int(0, largest, rng)
-    style = dict(grid=random_int(0, 3, rng) * 8, odd=random_int(0, 3, rng) * 0.1)
-    groups = torch.randint(-1, random_int(0, 4, rng), (n,), generator=rng)
-    groups = groups * (1 << random_int(0, 62, rng))  # ids may be of any size and sign
-    scores = random_scores(n, rng, levels=random_int(0, 3, rng) * 4, odd=style["odd"])
-    threshold = (0.0, 0.25, 1 / 3, 0.45, 0.5, 0.7, 1.0)[random_int(0, 7, rng)]
-    return random_boxes(n, rng, **style), scores, groups, threshold
+    check_equal("nms", (boxes, scores, groups, threshold), device, expected)
 
 
 def test_nms_reference_is_brute_force(rng):
     for _ in range(300):
         case = nms_case(rng, 16)
-        assert torch.equal(reference.nms(*case), plain_nms(*case)), case
+        boxes, scores, groups, threshold = case
+        expected = plain.nms(boxes.numpy(), scores.numpy(), groups.tolist(), threshold)
+        assert reference.nms(*case).tolist() == expected, case
 
 
 def test_nms_reference_keeps_the_first_of_many_equal_boxes():
@@ -239,26 +251,17 @@ def test_nms_groups_never_touch(device, rng):
 
 
 def check_match(priors, boxes, offsets, threshold, device="cpu", expected=None):
-    if expected is None:
-        expected = reference.match(priors, boxes, offsets, threshold)
-    matched = ops.match(priors.to(device), boxes.to(device), offsets.to(device), threshold)
-    assert matched.dtype == torch.int64
-    assert torch.equal(matched.cpu(), expected), (priors, boxes, offsets, threshold)
-
-
-def match_case(rng, most_priors, most_boxes, num_images=4):
-    counts = [random_int(0, most_boxes + 1, rng) for _ in range(num_images)]
-    style = dict(grid=random_int(0, 3, rng) * 4, odd=random_int(0, 3, rng) * 0.1)
-    priors = random_boxes(random_int(0, most_priors + 1, rng), rng, **style)
-    boxes = random_boxes(sum(counts), rng, **style)
-    threshold = (0.0, 1 / 3, 0.5, 0.5, 0.7, 1.0)[random_int(0, 6, rng)]
-    return priors, boxes, spread(counts), threshold
+    check_equal("match", (priors, boxes, offsets, threshold), device, expected)
 
 
 def test_match_reference_is_brute_force(rng):
     for _ in range(150):
         case = match_case(rng, 12, 4, num_images=2)
-        assert torch.equal(reference.match(*case), plain_match(*case)), case
+        priors, boxes, offsets, threshold = case
+        rows = reference.match(*case).tolist()
+        for row, start, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
+            matched = plain.match(priors.numpy(), boxes[start:end].numpy(), threshold)
+            assert row == [g if g < 0 else g + int(start) for g in matched], case
 
 
 @pytest.mark.parametrize("cases", [600, pytest.param(6000, marks=pytest.mark.slow)])
@@ -275,7 +278,7 @@ def test_match_sizes(device, rng, p, counts):
     if p == 8732 and sum(counts) > 3:
         counts = [20]  # the reference takes seconds otherwise
     priors, boxes = random_boxes(p, rng), random_boxes(sum(counts), rng)
-    check_match(priors, boxes, spread(counts), 0.5, device)
+    check_match(priors, boxes, offsets_of(counts), 0.5, device)
 
 
 def test_match_shared_best_prior(device):
@@ -286,18 +289,18 @@ def test_match_shared_best_prior(device):
     iou = reference.pairwise_iou(boxes, priors)
     assert (iou.argmax(dim=1) == 0).all()
     # ... but box 2 overlaps prior 1 more, so that it comes first and box 0 is left without.
-    check_match(priors, boxes, spread([3]), 0.5, device, expected)
+    check_match(priors, boxes, offsets_of([3]), 0.5, device, expected)
 
 
 def test_match_identical_boxes(device, rng):
     """As many equal boxes as priors: each gets one, the lowest box the best prior."""
     priors = random_boxes(70, rng) * 0.2 + 0.4
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(70, 4)
-    check_match(priors, boxes, spread([70]), 0.9, device)
-    check_match(priors[:9], boxes, spread([70]), 0.9, device)  # more boxes than priors
-    matched = ops.match(priors.to(device), boxes.to(device), spread([70]).to(device), 0.9)
+    check_match(priors, boxes, offsets_of([70]), 0.9, device)
+    check_match(priors[:9], boxes, offsets_of([70]), 0.9, device)  # more boxes than priors
+    matched = ops.match(priors.to(device), boxes.to(device), offsets_of([70]).to(device), 0.9)
     assert sorted(matched[0].tolist()) == list(range(70))
-    check_match(boxes, boxes, spread([70]), 0.9, device, torch.arange(70)[None])  # all ties
+    check_match(boxes, boxes, offsets_of([70]), 0.9, device, torch.arange(70)[None])  # all ties
 
 
 def test_match_at_the_threshold(device):
@@ -305,11 +308,11 @@ def test_match_at_the_threshold(device):
     box = torch.tensor([[0.0, 0.0, 2.0, 1.0]])
     below = float(np.nextafter(np.float32(1), np.float32(0)))
     priors = torch.tensor([[0.0, 0, 2, 1], [0, 0, 1, 1], [0, 0, below, 1], [1, 0, 2, 1]])
-    check_match(priors, box, spread([1]), 0.5, device, torch.tensor([[0, 0, -1, 0]]))
-    check_match(priors[2:3], box, spread([1]), 0.5, device, torch.tensor([[0]]))
+    check_match(priors, box, offsets_of([1]), 0.5, device, torch.tensor([[0, 0, -1, 0]]))
+    check_match(priors[2:3], box, offsets_of([1]), 0.5, device, torch.tensor([[0]]))
     # Below an IoU of 1e-6 a box takes no prior at all.
     far = torch.tensor([[0.0, 0.0, 1e-3, 1e-4]])
-    check_match(priors, far, spread([1]), 0.5, device, torch.full((1, 4), -1))
+    check_match(priors, far, offsets_of([1]), 0.5, device, torch.full((1, 4), -1))
 
 
 def test_match_areas_that_underflow(device, rng):
@@ -337,46 +340,6 @@ def test_match_rows_count_over_the_batch(device):
 
 
 # ------------------------------------------------------------------------------- cross-entropy
-
-
-def mined_case(rng, n, p, c, *, levels=0, odd=0.0):
-    """logits (N,P,C), labels (N,P): of the images, some have no positive, and some few negatives.
-
-    `levels` > 0: that many different logits in 1, so ties; a share `odd` of infinities and NaNs.
-    """
-    logits = torch.randn(n, p, c, generator=rng) * 3
-    if levels:
-        logits = (logits[..., :1] * levels).round() / levels + torch.arange(c)
-    strange = torch.tensor([NAN, INF, -INF, 3e38, -3e38, 1e4, -1e4])
-    which = torch.randint(len(strange), logits.shape, generator=rng)
-    logits = torch.where(torch.rand(logits.shape, generator=rng) < odd, strange[which], logits)
-    share = torch.tensor([0.0, 0.1, 0.1, 0.5, 1.0])[torch.randint(5, (n, 1), generator=rng)]
-    is_positive = torch.rand(n, p, generator=rng) < share
-    labels = torch.randint(1, max(2, c), (n, p), generator=rng)
-    return logits, torch.where(is_positive & (c > 1), labels, 0)
-
-
-def check_mined(logits, labels, ratio=3, device="cpu"):
-    """The values are PyTorch's; which of them are left out follows exactly from the values."""
-    got = ops.mined_cross_entropy(logits.to(device), labels.to(device), ratio).cpu()
-    assert got.dtype == torch.float32
-    n, p, c = logits.shape
-    wanted = torch.nn.functional.cross_entropy(logits.float().mT, labels, reduction="none")
-    if c == 1:  # sure of the only class: 0, or NaN
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
-        return
-    # What the op says of every prior: one positive more in each image, and room for all negatives.
-    more = torch.cat([logits, logits.new_zeros(n, 1, c)], dim=1).to(device)
-    every = torch.cat([labels, labels.new_ones(n, 1)], dim=1).to(device)
-    every = ops.mined_cross_entropy(more, every, p)[:, :p].cpu()
-    torch.testing.assert_close(every, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
-    for value, label, result in zip(every, labels, got, strict=True):
-        stays = (label > 0) | ~value.isfinite()
-        hardest_first = torch.where(value.isfinite(), value, INF).sort(descending=True, stable=True)
-        negatives = hardest_first.indices[label[hardest_first.indices] == 0]
-        stays[negatives[: ratio * int((label > 0).sum())]] = True
-        expected = torch.where(stays, value, 0.0)
-        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("cases", [150, pytest.param(3000, marks=pytest.mark.slow)])
@@ -437,85 +400,6 @@ def test_mined_gradient_is_registered(device, rng):
 
 
 # ------------------------------------------------------------------------------- postprocess
-
-EPS = 1e-6  # what two ways to compute a softmax or an exponential may differ by
-
-
-def fragile(loc, logits, priors, score_threshold, top_k, iou_threshold, max_detections):
-    """Could rounding alone change the detections of this image (N = 1)? From scratch, in float64.
-
-    Yes if a score lies at the threshold or an IoU at the other one, or if two priors of different
-    logits have the same score to EPS and their order matters: they overlap, or stand at a cut.
-    """
-    score = logits[0].double().softmax(dim=1)  # (P, C)
-    if (score - score_threshold).abs().min() < EPS:
-        return True
-    boxes = reference.decode(loc[0].float(), priors).double()
-    candidates = []
-    for label in range(1, score.shape[1]):
-        above = torch.nonzero(score[:, label] > score_threshold)[:, 0]
-        order = above[score[above, label].sort(descending=True, stable=True).indices]
-        s = score[order, label]
-        tie = (s[:, None] - s[None]).abs() < EPS  # (K, K)
-        same = (logits[0, order][:, None] == logits[0, order][None]).all(dim=2)
-        tie &= ~same
-        iou = reference.pairwise_iou(boxes[order], boxes[order])
-        off = ~torch.eye(len(order), dtype=torch.bool)
-        if ((iou - iou_threshold).abs() < EPS)[off].any():
-            return True
-        if (tie & (iou > iou_threshold - EPS)).any():
-            return True
-        if len(order) > top_k and tie[:top_k, top_k:].any():
-            return True
-        candidates.append(s[:top_k])
-    every = torch.cat(candidates).sort(descending=True).values if candidates else score[:0, 0]
-    close = (every[1:] - every[:-1]).abs() < EPS
-    return bool(len(every) > max_detections and close.any())
-
-
-def same_detections(mine, theirs):
-    """Are (boxes, scores, labels, count) of one image the same set, in whatever order of ties?"""
-    k = int(theirs[3])
-    if int(mine[3]) != k:
-        return False
-    (box_a, score_a, label_a), (box_b, score_b, label_b) = (
-        [x[0, :k] for x in result[:3]] for result in (mine, theirs)
-    )
-    pair = (label_a[:, None] == label_b[None]) & ((score_a[:, None] - score_b[None]).abs() < EPS)
-    size = box_b.abs().amax(dim=1).clamp(min=1)  # (k,) an error grows with the box
-    pair &= (box_a[:, None] - box_b[None]).abs().amax(dim=2) <= 4e-6 * size
-    return bool(pair.any(dim=0).all() and pair.any(dim=1).all())
-
-
-def check_postprocess(loc, logits, priors, *limits, device="cpu"):
-    """Every image equals the reference's, or rounding excuses it. -> how many were excused."""
-    result = ops.postprocess(loc.to(device), logits.to(device), priors.to(device), *limits)
-    mine = [x.cpu() for x in result]
-    theirs = reference.postprocess(loc, logits, priors, *limits)
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-    excused = 0
-    for n in range(len(loc)):
-        one, other = [x[n : n + 1] for x in mine], [x[n : n + 1] for x in theirs]
-        scores, labels, k = one[1][0], one[2][0], int(one[3])
-        assert not one[0][0, k:].any()
-        assert not scores[k:].any()
-        assert not labels[k:].any()
-        assert (scores[1:] <= scores[:-1]).all()
-        if not same_detections(one, other):
-            case = loc[n : n + 1], logits[n : n + 1], priors, *limits
-            assert fragile(*case), "differs from the reference, and not by rounding"
-            excused += 1
-    return excused
-
-
-def post_case(rng, n, p, c, spread_logits=2.0, background=1.0):
-    priors = torch.cat([torch.rand(p, 2, generator=rng), torch.rand(p, 2, generator=rng) * 0.4], 1)
-    loc = torch.randn(n, p, 4, generator=rng)
-    logits = torch.randn(n, p, c, generator=rng) * spread_logits
-    logits[..., 0] += background
-    return loc, logits, priors
 
 
 @pytest.mark.parametrize("cases", [80, pytest.param(500, marks=pytest.mark.slow)])
@@ -613,76 +497,75 @@ def test_postprocess_types(device, rng, dtype):
         assert torch.equal(a, b)
 
 
-def strided(x):
-    """The same values behind strides that skip and run across."""
-    wide = torch.stack([x, x], dim=-1).transpose(0, -2) if x.dim() > 1 else torch.stack([x, x], -1)
-    return wide[..., 0].transpose(0, -1) if x.dim() > 1 else wide[..., 0]
+SIZES = {"empty": (0, 0), "one": (1, 1), "many": (3, 70), "strided": (3, 70)}
 
 
-def op_cases(size, rng, device="cpu"):
-    """{op: arguments} of one size of input."""
-    n, p = {"empty": (0, 0), "one": (1, 1), "many": (3, 70), "strided": (3, 70)}[size]
-    loc, logits, priors = post_case(rng, n, p, 4)
-    cases = {
-        "match": (random_boxes(p, rng), random_boxes(2 * n, rng), spread([2] * n), 0.5),
-        "mined_cross_entropy": (*mined_case(rng, n, p, 4), 3),
-        "nms": (random_boxes(p, rng), torch.rand(p, generator=rng), torch.arange(p) % 3, 0.45),
-        "postprocess": (loc, logits, priors, 0.01, 20, 0.45, 10),
-    }
+def case_of(op, size, rng, device="cpu"):
     change = strided if size == "strided" else lambda x: x
-    return {
-        op: tuple(change(x).to(device) if isinstance(x, torch.Tensor) else x for x in arguments)
-        for op, arguments in cases.items()
-    }
+    arguments = OPS[op].case(rng, *SIZES[size])
+    return tuple(change(x).to(device) if torch.is_tensor(x) else x for x in arguments)
 
 
-@pytest.mark.parametrize("size", ["empty", "one", "many", "strided"])
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("cases", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", OPS)
+def test_nasty_cases(device, rng, op, cases):
+    """What the fuzzer draws: any size, any strides, NaNs and infinities."""
+    for _ in range(cases):
+        OPS[op].check(op, fuzz_case(op, rng), device)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(device, rng, op, size):
-    arguments = op_cases(size, rng, device)[op]
+    arguments = case_of(op, size, rng, device)
     if size == "strided":
         assert not any(x.is_contiguous() for x in arguments if torch.is_tensor(x) and x.dim() > 1)
     torch.library.opcheck(getattr(torch.ops.scratchdet, op).default, arguments)
 
 
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("op", OPS)
 def test_strides_do_not_matter(device, rng, op):
-    arguments = op_cases("strided", rng, device)[op]
+    arguments = case_of(op, "strided", rng, device)
     dense = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
-    result, expected = getattr(ops, op)(*arguments), getattr(ops, op)(*dense)
-    for a, b in zip(
-        *[x if isinstance(x, tuple) else (x,) for x in (result, expected)], strict=True
-    ):
-        assert torch.equal(a, b)
-        assert a.is_contiguous()
+    results = as_list(getattr(ops, op)(*arguments)), as_list(getattr(ops, op)(*dense))
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
+        assert a.stride() == b.stride()
 
 
-@pytest.mark.parametrize("op", ops.NAMES)
+@pytest.mark.parametrize("op", OPS)
+def test_arguments_stay_as_they_are(device, rng, op):
+    arguments = case_of(op, "many", rng, device)
+    before = [x.clone() if torch.is_tensor(x) else x for x in arguments]
+    getattr(ops, op)(*arguments)
+    for a, b in zip(arguments, before, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_compile_in_one_graph(device, rng, op):
-    arguments = op_cases("many", rng, device)[op]
+    arguments = case_of(op, "many", rng, device)
 
     def doubled(*args):  # with something before and after, so that a graph could break
-        result = getattr(ops, op)(args[0] * 1, *args[1:])
-        return [x * 2 for x in result] if isinstance(result, tuple) else [result * 2]
+        return [x * 2 for x in as_list(getattr(ops, op)(args[0] * 1, *args[1:]))]
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(*arguments), doubled(*arguments), strict=True):
-        assert torch.equal(a, b)
+        assert same_bits(a, b)
 
 
-def test_threads_do_not_matter(rng):
-    cases = op_cases("many", rng)
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("op", OPS)
+def test_threads_do_not_matter(rng, op):
+    arguments, before = case_of(op, "many", rng), torch.get_num_threads()
     try:
-        results = []
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            results.append([ops.match(*cases["match"]), *ops.postprocess(*cases["postprocess"])])
-            results[-1].append(ops.mined_cross_entropy(*cases["mined_cross_entropy"]))
+        torch.set_num_threads(1)
+        alone = as_list(getattr(ops, op)(*arguments))
+        torch.set_num_threads(4)
+        together = as_list(getattr(ops, op)(*arguments))
     finally:
         torch.set_num_threads(before)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(alone, together, strict=True):
+        assert same_bits(a, b)
 
 
 def test_no_gradient_flows(rng):
@@ -698,11 +581,26 @@ B, S, G = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
 LOC, LOGITS = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
 LABELS = torch.zeros(2, 3, dtype=torch.int64)
 OFF = torch.tensor([0, 1, 3])
+IMG = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
+IN, JIT, RGB = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 5), [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ops.colour(IMG[0], IN, JIT, RGB, RGB), r"colour: images must be .*got \(3,4,5\)"),
+        (lambda: ops.colour(IMG[:, :2], IN, JIT, RGB, RGB), "colour: images must be .*2,2,4,5"),
+        (lambda: ops.colour(IMG.float(), IN, JIT, RGB, RGB), "images must be .*uint8.*float32"),
+        (lambda: ops.colour(IMG, IN[:1], JIT, RGB, RGB), "colour: inside must be .*N=2; got .1,4"),
+        (lambda: ops.colour(IMG, IN.int(), JIT, RGB, RGB), "colour: inside must be .*int32"),
+        (lambda: ops.colour(IMG, IN, JIT.double(), RGB, RGB), "colour: jitter must be .*float64"),
+        (lambda: ops.colour(IMG, IN, JIT.to("meta"), RGB, RGB), "colour: jitter must be on cpu"),
+        (lambda: ops.colour(IMG, IN, JIT, RGB[:1], RGB), "colour: mean must be 3 numbers"),
+        (
+            lambda: ops.colour(IMG, IN, JIT, RGB, RGB, "RGB"),
+            "channels must be rgb or bgr; got 'RGB'",
+        ),
+        (lambda: ops.colour(IMG, IN, JIT, RGB, RGB, "rgb", torch.int8), "dtype must be .*int8"),
         (
             lambda: ops.nms(B, torch.zeros(3, 2, dtype=torch.float64)),
             r"nms: scores must be \(K,\) float32 like boxes \(K,4\), K=3; got \(3,2\) float64",

@@ -4,15 +4,20 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from experiments import drawings, figures, report
+from metrics import Detections
+from plumbing.shapes import SHAPE_CLASSES, draw_shapes
+from scratchdet import Config, ScratchDet
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -120,7 +125,7 @@ def test_diverged_run_is_drawn_and_leaves_the_scale_to_the_other(tmp_path):
     assert "not finite" in page
     curves = [report.series(report.read_run(run))["training loss"] for run in (good, bad)]
     assert [len(curve) for curve in curves] == [60, 30]
-    assert report.top_of(curves) == 8.0
+    assert figures.top_of(curves) == 8.0
 
 
 def test_map_on_the_way_is_a_curve(tmp_path):
@@ -131,7 +136,7 @@ def test_map_on_the_way_is_a_curve(tmp_path):
     run = report.read_run(folder)
     assert report.series(run)["mAP"] == [(30, 0.2), (60, 0.4321)]
     assert "<figcaption>mAP</figcaption>" in report.page([run])
-    assert report.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
+    assert figures.top_of([report.series(run)["mAP"]]) == 0.4321  # the end is in the frame
 
 
 def test_a_column_holds_one_metric(tmp_path):
@@ -181,12 +186,56 @@ def test_a_run_of_one_step_has_a_page(tmp_path):
 
 
 def test_axis_marks_are_round():
-    assert report.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert report.ticks(23) == [0, 5, 10, 15, 20, 25]
+    assert figures.ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert figures.ticks(23) == [0, 5, 10, 15, 20, 25]
     for high in (0.05, 0.7, 3, 9.99, 10, 101, 12345):
-        marks = report.ticks(high)
+        marks = figures.ticks(high)
         assert marks[-2] < high <= marks[-1] * (1 + 1e-9)
         assert 3 <= len(marks) <= 6
+
+
+def test_log_axis_marks_are_round():
+    assert figures.log_ticks(0.7, 9) == pytest.approx([0.5, 1, 2, 5, 10])
+    assert figures.log_ticks(0.15, 80) == pytest.approx([0.1, 1, 10, 100])
+    assert figures.log_ticks(1, 1)[0] <= 1 <= figures.log_ticks(1, 1)[-1]
+
+
+def test_a_log_chart_puts_equal_ratios_at_equal_distances():
+    parts = figures.chart({0: [(0, 1.0), (1, 10.0), (2, 100.0)]}, "key", log=True)
+    line = next(part for part in parts if "<polyline" in part)
+    assert 'fill="none"' in line
+    points = re.search(r'points="([^"]*)"', line)[1].split()
+    y = [float(point.split(",")[1]) for point in points][:3]
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+    assert y[2] == 12  # the top of the frame
+
+
+def test_the_page_leads_with_what_was_measured(tmp_path):
+    folder = make_run(tmp_path / "run")
+    html = report.page([report.read_run(folder)])
+    assert "Not looked at yet" in html
+    kinds = {name: {"cost": 1.0 + i, "count": 9, "shown": i}
+             for i, name in enumerate(report.ERRORS)}  # fmt: skip
+    crop = {"image": "<7>", "said": "dog <.9>", "there": "cat", "words": "IoU", "jpeg": "AAAA"}
+    errors = {
+        "AP50": 50.0, "kinds": kinds, "objects": 40, "found": 30, "shown": 50, "right": 31,
+        "classes": CLASSES, "threshold": [0.4, 0.5], "confusion": [[9, 2, 4], [0, 9, 1], [3, 3, 0]],
+        "f1": [0.1] * 101, "pictures": {name: [crop] for name in report.ERRORS},
+    }  # fmt: skip
+    (folder / "errors.json").write_text(json.dumps(errors))
+    html = report.page([report.read_run(folder)])
+    page = Reader(html)
+    order = [page.words.index(w) for w in ("mAP 43.2 %", "30 of 40", "Wrong classes", "All argum")]
+    assert order == sorted(order)
+    assert "Missed objects cost most: 6.0 points" in page.words
+    assert "dog &lt;.9&gt;" in html
+    assert html.count("data:image/jpeg;base64,AAAA") == 6
+    cells = re.findall(r'<div class="cell( good)?" style="--share:(\d+)%">([^<]*)', html)
+    shares = [f"{share} {n}{good}" for good, share, n in cells]
+    assert shares == ["60 9 good", "13 2", "27 4", "0 ·", "90 9 good", "10 1", "50 3", "50 3"]
+    counts = np.eye(31, dtype=int) * 5 + np.eye(31, k=1, dtype=int)
+    many = errors | {"classes": [f"c{i}" for i in range(30)], "confusion": counts.tolist()}
+    assert '<th scope="row">c0</th><td>c1</td><td>1</td>' in report.matrix(many)
 
 
 def test_pictures_are_shrunk(tmp_path):
@@ -228,8 +277,9 @@ def test_chromium_opens_it_without_a_console_message(html, tmp_path):
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
 
-def test_figures_are_small_svg_without_links(tmp_path, capsys):
+def test_figures_are_small_svg_without_links(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run")
+    monkeypatch.setattr(drawings, "detections", lambda _: Image.new("RGB", (30, 20)))
     report.main(["--figures", str(run), "--out", str(tmp_path / "figures")])
     drawn = sorted(p.name for p in (tmp_path / "figures").iterdir())
     assert drawn == sorted([*(f"{n}.svg" for n in drawings.FIGURES), "bn.svg", "detections.jpg"])
@@ -241,7 +291,26 @@ def test_figures_are_small_svg_without_links(tmp_path, capsys):
             assert not re.search("href|script|<image", path.read_text())
     kept = Path(__file__).parents[1] / "docs" / "figures"
     for name in drawings.FIGURES:
-        assert (kept / f"{name}.svg").is_file(), "python experiments/report.py --figures"
+        assert (kept / f"{name}.svg").is_file(), "python -m experiments.report --figures"
+
+
+def test_detections_are_drawn_where_they_are(tmp_path, monkeypatch):
+    shapes = draw_shapes(tmp_path, num_train=1, num_test=60)
+    model = ScratchDet(Config(backbone="resnet18", width=0.1, classes=tuple(SHAPE_CLASSES)))
+    args = {"data": "voc", "voc_root": str(shapes), "eval_sets": ["2007:test"]}
+    saved = {"config": asdict(model.config), "model": model.state_dict(), "args": args}
+    torch.save(saved, tmp_path / "last.pt")
+    box, one = np.array([[100.0, 100, 200, 250], [0, 0, 299, 299]]), np.array([1, 2])
+    answer = Detections(box, np.array([0.5, 0.49]), one)
+    monkeypatch.setattr(drawings.evaluation, "run_detector", lambda _, r, **__: [answer] * len(r))
+    pixels = np.asarray(drawings.detections(str(tmp_path), side=300).convert("RGB")).astype(int)
+    assert pixels.shape == (606, 912, 3)
+    orange = (abs(pixels - (245, 130, 0)) < 3).all(axis=2)
+    for x, y in ((0, 0), (306, 0), (612, 306)):  # each of the six: its left and its right edge
+        tile = orange[y : y + 300, x : x + 300]
+        assert tile[120:240, 100].all()
+        assert tile[120:240, 199:201].any(axis=1).all()
+        assert not tile[260:].any()  # the one below .5 is not drawn
 
 
 def test_figures_show_what_the_functions_say(monkeypatch):

@@ -1,0 +1,97 @@
+"""The data check: reads and decodes everything, and lists what is wrong, with its place."""
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from plumbing.files import (
+    BadData,
+    Findings,
+    Record,
+    decode_pixels,
+    exif_orientation,
+    open_record,
+)
+from plumbing.program import Progress
+
+LIST = 20  # print at most so many notes of one kind, but everything that is refused or corrected
+
+
+def check(
+    sources: dict[str, Callable[[], tuple]], found: Findings, workers: int | None = None
+) -> int:
+    """Reads and decodes all sets and prints what is wrong -> the exit status: 1 if training would
+    refuse or correct something, else 0.
+
+    `sources`: {name of a set: function that reads it and returns (records, class names)}. The
+    readers report to `found`, which must collect.
+    """
+    records: dict[Path, Record] = {}
+    names: dict[str, list[str]] = {}
+    for name, read in sources.items():
+        try:
+            some, names[name] = read()
+            records.update((record.path, record) for record in some)
+        except BadData as error:  # nothing of this set can be read
+            found.refuse(error.where, error.what)
+    everything = set(itertools.chain(*names.values()))
+    for name, classes in names.items():
+        if lacks := sorted(everything - set(classes)):
+            what = f"lacks {', '.join(lacks)}: a network trained on it alone cannot be measured on"
+            found.note(f"set {name}", f"{what} the sets that have them")
+    decode_all(list(records.values()), found, workers)
+
+    for title, kinds, most in (
+        ("refused", found.refused, None),
+        ("handled", found.handled, None),
+        ("note", found.notes, LIST),
+    ):
+        for what, places in kinds.items():
+            places = list(dict.fromkeys(places))  # a file may be in several sets
+            for place in places[:most]:
+                print(f"{title:8} {place}  {what}")
+            if len(places) > len(places[:most]):
+                print(f"{title:8} ... and {len(places) - LIST} more: {what}")
+    refused, handled, notes = (
+        len(set(itertools.chain(*kinds.values())))
+        for kinds in (found.refused, found.handled, found.notes)
+    )
+    objects = sum(len(record.labels) for record in records.values())
+    print(f"{len(records)} images, {objects} objects: {refused} places that training refuses, "
+          f"{handled} that it handles, {notes} notes")  # fmt: skip
+    return 1 if refused or handled else 0
+
+
+def decode_all(
+    records: list[Record], found: Findings, workers: int | None = None
+) -> list[BadData | None]:
+    """Decodes every image, as training will -> for each record its error, or None."""
+
+    def fault(record: Record) -> BadData | None:
+        try:
+            image = open_record(record)
+            if image.mode != "RGB":
+                found.note(record.path, f"mode {image.mode}, converted to RGB")
+            if exif_orientation(image) != 1:
+                found.note(record.path, "EXIF orientation, not applied: boxes are in stored pixels")
+            decode_pixels(image, record)
+            return None
+        except BadData as error:
+            return error
+
+    progress, faults = Progress(len(records), "decoding"), []
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow releases Python's lock
+        for error in pool.map(fault, records):
+            faults.append(error)
+            progress(len(faults))
+            if error:
+                found.refuse(error.where, error.what, error.kind)
+    return faults
+
+
+def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
+    """For --drop-bad: the records whose image can be decoded; `found` lists the others."""
+    faults = decode_all(records, found)
+    return [record for record, error in zip(records, faults, strict=True) if error is None]

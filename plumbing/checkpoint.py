@@ -1,0 +1,55 @@
+"""Reading a checkpoint without trusting it."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """Reads a checkpoint of train.py or experiments.convert, with its tensors on `device`.
+
+    Only tensors and plain data are read, so a checkpoint cannot run code. The checksums of the file
+    are verified, which torch.load does not do. ValueError says what is wrong and what to try.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch does not compress. Compressed entries could be a zip bomb; entries with other
+            # attributes come from a flipped bit, which can turn a file into a folder.
+            odd = [e.filename for e in file.infolist() if e.compress_type or e.external_attr]
+            bad = odd[0] if odd else file.testzip()
+            if bad:
+                raise zipfile.BadZipFile(f"{bad} is not what was written")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = {"config", "model"} - set(checkpoint)
+        if missing or not isinstance(checkpoint["config"], dict):
+            raise ValueError("it has no 'config' and 'model'")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
+    except Exception as e:  # torch raises many kinds of errors on damaged files
+        why = " ".join(str(e).split())[:150] or type(e).__name__
+        raise ValueError(
+            f"{path}: not a checkpoint of train.py, or damaged ({why}). Expected a file such as "
+            "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
+        ) from None
+    return checkpoint
+
+
+def take_weights(model: nn.Module, start: dict, name: str | Path) -> str:
+    """Copies all weights that fit from the checkpoint `start` into the model -> one line about it.
+
+    Weights fit if name and shape agree; for other classes the layers of the class scores do not
+    fit. All others stay random. `name` is the checkpoint's file, for messages.
+    """
+    own, saved = model.state_dict(), start.get("ema") or start["model"]
+    detects = tuple(start["config"].get("classes", model.config.classes))
+    same = detects == model.config.classes
+    fits = {key: value for key, value in saved.items()
+            if key in own and value.shape == own[key].shape
+            and (same or not key.startswith("head.conf"))}  # fmt: skip
+    if not fits:
+        raise ValueError(f"--init {name}: no weight of it fits a {model.config.backbone}")
+    model.load_state_dict(own | fits)
+    why = "" if same else f"; it detects {', '.join(detects)}"
+    return f"--init {name}: {len(fits)} of {len(own)} tensors, the others random{why}"

@@ -1,0 +1,84 @@
+"""Checks of a Config and of its maps, and the cost of a network in multiplications."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def ignored_options(values: dict, default, takes: dict[str, tuple[str, ...]]) -> list[str]:
+    """Names of the options in `values` that are set although they have no effect on the backbone.
+
+    {"backbone": "vgg16", "stem": (3, 1, 1)} -> ["stem"]. `takes`: {backbone: names of its options};
+    `default`: the class Config, for the default values.
+    """
+    options = {name for names in takes.values() for name in names}
+    options -= set(takes.get(values.get("backbone", default.backbone), ()))
+    return [n for n in sorted(options) if n in values and values[n] != getattr(default, n)]
+
+
+def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str, ...]]) -> None:
+    """ValueError where a field of a Config makes no sense, with its value and what was expected."""
+
+    def expect(fine: bool, name: str, expected: str) -> None:
+        if not fine:
+            raise ValueError(f"{name} = {getattr(config, name)!r}: expected {expected}")
+
+    for name, allowed in (
+        ("backbone", bodies),
+        ("bn", ("all", "backbone", "head", "none")),
+        ("extras", ("residual", "conv")),
+        ("priors", priors),
+        ("channels", ("rgb", "bgr")),
+    ):
+        expect(getattr(config, name) in allowed, name, f"one of {', '.join(allowed)}")
+    for name in ignored_options(vars(config), type(config), takes):
+        has = " and ".join(takes[config.backbone]) or "no options of its own"
+        raise ValueError(
+            f"{name} = {getattr(config, name)!r}: {config.backbone} has no such option, it has "
+            f"{has}. Leave it out"
+        )
+    expect(0 < config.width <= 4, "width", "a number in (0, 4]; 1 is the paper's")
+    expect(config.size >= 1, "size", "pixels; 300 is the paper's")
+    expect(0 < config.head_bn_eps < 1, "head_bn_eps", "a number between 0 and 1")
+    if not config.head_bn and config.head_bn_eps != type(config).head_bn_eps:
+        raise ValueError(f"head_bn_eps = {config.head_bn_eps}: bn = {config.bn!r} has none there")
+    names = () if isinstance(config.classes, str) else config.classes  # ("dog") is no tuple
+    different = 0 < len(set(names)) == len(names)
+    expect(different, "classes", "a tuple of different names; of a single one: ('dog',)")
+    std = len(config.std) == 3 and all(0 < s < math.inf for s in config.std)
+    expect(std, "std", "3 numbers above 0, of red, green, blue")
+    stem = config.stem or (3, 3, 1)
+    odd = len(stem) == 3 and stem[0] % 2 == 1 and min(stem) >= 1
+    expect(odd, "stem", "(odd kernel, number of convolutions, stride), all above 0")
+
+
+def check_maps(config, sizes: list[tuple[int, int]], needed: int, sides_300: tuple) -> None:
+    """ValueError where the maps do not suit the head. `sizes`: (H, W) of the maps of an image of
+    config.size; `needed`: how many the head needs; `sides_300`: their sides for a 300x300 image."""
+    if len(sizes) < needed:
+        raise ValueError(
+            f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an image, "
+            f"not {needed}. Choose a larger one: 300 is the paper's"
+        )
+    if config.size == 300 and sizes != [(s, s) for s in sides_300]:
+        raise ValueError(
+            f"{config.backbone} with stem {config.stem}: maps {sizes}, not {sides_300}"
+        )
+
+
+def count_macs(model: nn.Module, size: int) -> int:
+    """Multiplications in the convolutions, for one image (3, size, size)."""
+    macs = 0
+
+    def count(conv: nn.Conv2d, _, out: Tensor):
+        nonlocal macs
+        macs += out.numel() * conv.weight[0].numel()
+
+    meta = copy.deepcopy(model).to("meta").eval()
+    for module in meta.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    meta(torch.empty(1, 3, size, size, device="meta"))
+    return macs

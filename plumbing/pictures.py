@@ -1,0 +1,159 @@
+"""Pictures with boxes, and sheets of pictures."""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from plumbing.files import exif_orientation, to_rgb
+
+GREEN, ORANGE = (0, 158, 60), (245, 130, 0)  # ground truth, detections
+CROWD = 8  # with so many boxes or more, colours and a legend replace the names
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A colour per class; class 1 is orange. Classes that follow each other differ strongly."""
+    hue = (0.089 + (label - 1) * 0.381966) % 1.0  # the golden angle
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 1.0, 0.92))
+
+
+def letters(size: int):
+    """A font of this height in pixels."""
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType
+        return ImageFont.load_default()
+
+
+def printable(text: str, font) -> str:
+    """The text, with ? for what an old font without TrueType has not."""
+    if isinstance(font, ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def draw_boxes(
+    image: Image.Image, boxes_xyxy: np.ndarray, labels: np.ndarray, scores: np.ndarray | None,
+    classes: Sequence[str],
+) -> Image.Image:  # fmt: skip
+    """A copy of the picture with boxes in pixels, as RGB.
+
+    Without scores (None) they are ground truth: green, with the name at the bottom. Detections are
+    orange, with name and score at the top. If there are many, or if most are too small for their
+    names, each class has a colour and a legend below the picture names it.
+    """
+    image = image.convert("RGB").copy()
+    pen, size = ImageDraw.Draw(image), max(11, max(image.size) // 34)
+    font, truth = letters(size), scores is None
+    boxes_xyxy = np.asarray(boxes_xyxy, float).reshape(-1, 4)
+    order = range(len(labels)) if truth else np.argsort(scores)  # the best comes on top
+    classes = [printable(name, font) for name in classes]
+    texts = [classes[label - 1] + ("" if truth else f" {scores[i]:.2f}")
+             for i, label in enumerate(labels)]  # fmt: skip
+    widths = [pen.textlength(text, font=font) + 4 for text in texts]
+    crowded = len(labels) >= CROWD or sum(
+        w > 1.6 * (x1 - x0) for w, (x0, _, x1, _) in zip(widths, boxes_xyxy.tolist(), strict=True)
+    ) > len(labels) / 2  # fmt: skip
+    legend = crowded and not truth
+    for i in order:
+        x0, y0, x1, y1 = boxes_xyxy[i].tolist()
+        colour = GREEN if truth else class_colour(int(labels[i])) if legend else ORANGE
+        pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=1 + size // 8)
+    if legend:
+        return with_legend(image, labels, classes, font, size)
+    for i in order:
+        if truth and crowded:
+            continue
+        x0, y0, _, y1 = boxes_xyxy[i].tolist()
+        left, top, right, bottom = pen.textbbox((0, 0), texts[i], font=font)
+        w, h = right - left + 4, bottom - top + 4
+        x = max(0, min(x0, image.width - w))
+        y = max(0, min(y1 - h if truth else y0 - h, image.height - h))
+        pen.rectangle((x, y, x + w, y + h), fill=GREEN if truth else ORANGE)
+        pen.text((x + 2 - left, y + 2 - top), texts[i], fill="white" if truth else "black",
+                 font=font)  # fmt: skip
+    return image
+
+
+def with_legend(image: Image.Image, labels: np.ndarray, classes: Sequence[str], font, size: int):
+    """The picture with a strip below it: colour, name and number of the boxes of each class."""
+    found, counts = np.unique(labels, return_counts=True)
+    entries, x, row, height = [], 4, 0, size + 8
+    measure = ImageDraw.Draw(image)
+    for label, count in zip(found.tolist(), counts.tolist(), strict=True):
+        text = f"{classes[label - 1]} {count}"
+        wide = size + 4 + measure.textlength(text, font=font) + 12
+        if x > 4 and x + wide > image.width:
+            x, row = 4, row + 1
+        entries.append((x, row * height, class_colour(label), text))
+        x += wide
+    whole = Image.new("RGB", (image.width, image.height + (row + 1) * height), "white")
+    whole.paste(image)
+    pen = ImageDraw.Draw(whole)
+    for x, y, colour, text in entries:
+        y += image.height + 4
+        pen.rectangle((x, y, x + size, y + size), fill=colour)
+        pen.text((x + size + 4, y), text, fill="black", font=font)
+    return whole
+
+
+def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) -> None:
+    """Writes one picture that shows many, in columns 300 pixels wide."""
+    side, gap = 300, 4
+    heights = [0] * min(columns, max(1, len(pictures)))
+    places = []
+    for picture in pictures:
+        picture = picture.resize((side, max(1, round(side * picture.height / picture.width))))
+        column = heights.index(min(heights))  # the shortest so far, which wastes the least space
+        places.append((picture, column * (side + gap), heights[column]))
+        heights[column] += picture.height + gap
+    size = len(heights) * (side + gap) - gap, max(1, max(heights) - gap)
+    sheet = Image.new("RGB", size, "white")
+    for picture, x, y in places:
+        sheet.paste(picture, (x, y))
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------ users' pictures
+
+
+def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """A PIL picture of any mode, or an array (h,w), (h,w,1), (h,w,3) or (h,w,4) of uint8 -> RGB."""
+    if isinstance(image, np.ndarray):
+        array = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if array.dtype != np.uint8 or not (array.ndim == 2 or array.shape[2:] in ((3,), (4,))):
+            raise ValueError(
+                f"an array {image.shape} of {image.dtype}: expected a picture (h,w), (h,w,3) RGB "
+                "or (h,w,4) RGBA of uint8, 0 to 255"
+            )
+        image = Image.fromarray(np.ascontiguousarray(array))
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a picture of type {type(image).__name__}: expected PIL or NumPy")
+    image.load()  # decodes it; a truncated file fails here
+    return to_rgb(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, turned as its EXIF says.
+
+    ImageOps.exif_transpose would rewrite the whole EXIF, and fail if any other tag is broken.
+    """
+    how = Image.Transpose
+    turns = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE,
+             6: how.ROTATE_270, 7: how.TRANSVERSE, 8: how.ROTATE_90}  # fmt: skip
+    image.load()  # Pillow turns a TIFF here
+    turn, image = turns.get(exif_orientation(image)), to_rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def make_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
+    """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
+    folder = Path(path)
+    if any(folder.resolve() == picture.resolve().parent for picture in pictures):
+        raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--draw {path}: a file; expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,150 @@
+"""What every program needs: how it fails, shows its progress, and is stopped."""
+
+import contextlib
+import errno
+import math
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def run_program(main: Callable[[], object]) -> None:
+    """Calls `main` and ends the process with its exit status.
+
+    That is what `main` returns, or 0; 2 after an error, which is printed in one line; 130 after
+    Ctrl-C. Characters that the console cannot print appear as escapes.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the program that started this one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # notebooks replace them
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
+    except BrokenPipeError:  # the reader has gone, such as `| head`
+        silence_output()
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+    except (ValueError, OSError) as error:
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
+        more = ": --out or --cache. Free some space, then go on with --resume" if full else ""
+        print(f"error: {error}{more}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        what = str(error).splitlines()[0]
+        print(f"error: {what} Try a smaller --batch-size or, in training, --accumulate 2",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def silence_output() -> bool:
+    """Where nobody reads standard output or error any more, what is printed goes nowhere.
+
+    -> whether that is so: a pipe whose reader has ended, the terminal of a lost connection.
+    """
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no file; no poll (Windows)
+            end = select.poll()
+            end.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in end.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                gone = True
+    return gone
+
+
+def check_file(path: str | None, *inputs: str | Path) -> None:
+    """Makes the folder of a file to be written; ValueError for a folder, or for an input's name."""
+    if path is None:
+        return
+    file = Path(path).resolve()
+    if not path or file.is_dir():
+        raise ValueError(f"{path or repr(path)}: a folder; expected the name of a file to write")
+    if any(file == Path(name).resolve() for name in inputs):
+        raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:
+    """ValueError where one of these arguments, or one of its values, is not in [low, high]."""
+    expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+    for name in names.split():
+        value = getattr(args, name)
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            if v is not None and not low <= v <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {v}: expected {expected}")
+
+
+class Progress:
+    """One line with an ETA, rewritten in place on a terminal; elsewhere a line per `every` seconds.
+
+    `progress(done, text)` may be called often; it prints rarely. `share` is the share of the work
+    that is done, if that is not done / total; `first` is the share that was done before the start.
+    """
+
+    def __init__(
+        self, total: int, what: str, *, unit: str = "images", every: float = 30, first: float = 0.0
+    ):
+        self.total, self.what, self.unit, self.every, self.first = total, what, unit, every, first
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, text: str = "", *, share: float | None = None) -> None:
+        now, last = time.monotonic(), done == self.total
+        if now - self.shown < (1 if self.live else self.every) and not last:
+            return
+        if last and not self.live and now - self.start < self.every and not text:
+            return  # it took so short a time that nobody needs a line
+        self.shown = now
+        share = done / max(1, self.total) if share is None else share
+        took = max(1e-9, now - self.start)
+        left = took * (1 - share) / max(1e-9, share - self.first)
+        text = text or f"{done / took:.1f} {self.unit}/s"
+        line = f"{self.what} {done}/{self.total}  {text}  ETA {duration(left)}"
+        end = "\n" if last or not self.live else ""
+        print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True, end=end)
+
+
+def duration(seconds: float) -> str:
+    """75 -> "0:01:15"; from a day on with the days in front."""
+    days, rest = divmod(round(seconds), 86_400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}d {clock}" if days else clock
+
+
+class StopSignals:
+    """`with StopSignals() as stop:` SIGTERM, SIGINT and SIGHUP (a lost terminal) set stop.number.
+
+    So the program can finish and save its step before it ends. Outside of the main thread Python
+    does not allow it, and nothing is changed.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+                if hasattr(signal, name):  # Windows has no SIGHUP
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, _) -> None:
+        self.number = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

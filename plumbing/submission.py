@@ -1,0 +1,64 @@
+"""Detections as files for the test servers of COCO and VOC."""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from plumbing.files import Record, to_disk
+
+
+def write_results(
+    path: str | Path, records: list[Record], detections: list[tuple],
+    category_ids: Sequence[int | None],
+) -> None:  # fmt: skip
+    """COCO's results JSON: image_id, category_id (the official one), bbox [x, y, w, h], score.
+
+    `detections`: for each record its (boxes_xyxy, scores, labels), as metrics.Detections.
+    `category_ids` of the labels 1, 2, ...; detections of a label whose id is None are left out.
+    """
+    rows = []
+    for record, found in zip(records, detections, strict=True):
+        image_id = int(record.name) if record.name.isdecimal() else record.name
+        for (x0, y0, x1, y1), score, label in zip(*(x.tolist() for x in found), strict=True):
+            if category_ids[label - 1] is None:
+                continue
+            bbox = [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)]
+            row = {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox}
+            rows.append(row | {"score": round(score, 6)})
+    Path(path).write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_comp4(
+    path: str | Path, records: list[Record], detections: list[tuple],
+    classes: Sequence[str], year: int | str, split: str,
+) -> None:  # fmt: skip
+    """The VOC server's layout, as a folder or, for a name in .tar.gz, .tgz or .tar, an archive.
+
+    results/VOC2012/Main/comp4_det_test_<class>.txt, with a line "image score xmin ymin xmax ymax"
+    per detection. Pixels count from 1, as in the annotations.
+    """
+    path, inside = Path(path), f"results/VOC{year}/Main/comp4_det_{split}_"
+    files = {}
+    for c, name in enumerate(classes, start=1):
+        lines = []
+        for record, found in zip(records, detections, strict=True):
+            boxes_xyxy, scores, labels = found
+            mine = labels == c
+            for score, box in zip(scores[mine], boxes_xyxy[mine], strict=True):
+                corners = " ".join(f"{max(v, 1):.1f}" for v in box)
+                lines.append(f"{record.name} {score:.6f} {corners}\n")
+        files[f"{inside}{name.replace('/', '_')}.txt"] = "".join(lines)
+    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
+            for name, text in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(text.encode())
+                archive.addfile(member, io.BytesIO(text.encode()))
+        return
+    for name, text in files.items():
+        file = path / to_disk(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")

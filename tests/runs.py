@@ -1,0 +1,48 @@
+"""Cheap runs of train.py for the tests: their flags, their logs, small data."""
+
+import json
+from pathlib import Path
+
+from plumbing.shapes import SHAPE_CLASSES
+
+FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
+
+
+def data_flags(root: Path) -> list[str]:
+    """The flags of a tree of drawn shapes, whose six names the program reads from a file."""
+    names = root / "names.txt"
+    names.write_text("\n".join(SHAPE_CLASSES))
+    sets = ["--train-sets", "2007:train", "--eval-sets", "2007:test"]
+    return ["--voc-root", str(root), *sets, "--classes", str(names), "--augment", "flip"]
+
+
+def voc_flags(root: Path, *more: object) -> list[str]:
+    """The flags of a cheap run."""
+    return [*data_flags(root), *FAST, *map(str, more)]
+
+
+def run_flags(root: Path, out: Path, *more) -> list[str]:
+    flags = ["--batch-size", 4, "--iterations", 5, "--save-every", 2, "--lr", 0.02]
+    flags += ["--sizes", "160:.5", "300:1"]  # grows at the last step
+    return voc_flags(root, *flags, "--out", out, *more)
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(out: Path) -> list[dict]:
+    return [line for line in log_of(out) if "loss" in line]
+
+
+def small_tree(root: Path, source: Path, sets: dict[str, list[str]]) -> Path:
+    """VOC2007 in `root`, with some images of another tree."""
+    tree = root / "VOC2007"
+    for name in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (tree / name).mkdir(parents=True)
+    for split, names in sets.items():
+        (tree / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names))
+        for file in (f"{part}/{n}" for n in names for part in ("JPEGImages", "Annotations")):
+            for found in (source / "VOC2007").glob(f"{file}.*"):
+                (tree / file).with_suffix(found.suffix).write_bytes(found.read_bytes())
+    return root
