@@ -2,11 +2,11 @@
 //
 //            priors 0 .. P-1                 every thread holds kPriors priors in registers and
 //          +----------------+                walks down the image's boxes, which lie in shared
-//   boxes  | IoU never      |  -> max of a   memory. A warp first votes whether any of its priors
-//   0..G-1 | stored         |     row: warp  touches the box: mostly none does. Down a column: the
-//          +----------------+     shuffles   prior's best box. Along a row: the box's best prior,
-//            max of a column: registers      by shuffles within a warp and one atomicMax a warp.
-//                                            Both maxima keep the lowest index on ties.
+//   boxes  | IoU never      |  -> max of a   memory. A warp first votes whether any of 32 priors
+//   0..G-1 | stored         |     row: warp  touches the box: of neighbours, mostly none does. Down
+//          +----------------+     shuffles   a column: the prior's best box. Along a row: the box's
+//            max of a column: registers      best prior, by shuffles within a warp and one atomicMax
+//                                            a warp. Both maxima keep the lowest index on ties.
 //
 // Then the greedy step, by one warp: the best pair first, until no box is free. A box's best prior
 // may have been taken since it was found; only then, when the box's turn comes, does the whole
@@ -42,11 +42,12 @@ __device__ void find_best(const Image& image, float threshold) {
   const int t = threadIdx.x;
   for (int g = t; g < image.num_boxes; g += kThreads) image.best_prior[g] = 0;
   for (int first = 0; first < image.num_priors; first += kThreads * kPriors) {
+    const int own = first + t / 32 * 32 * kPriors + t % 32;  // a warp's priors are neighbours
     Box prior[kPriors];
     float best_iou[kPriors] = {};  // a prior that touches nothing has an IoU of 0 with box 0
     int best_box[kPriors] = {};
     for (int k = 0; k < kPriors; ++k) {
-      const int p = first + k * kThreads + t;
+      const int p = own + k * 32;
       prior[k] = p < image.num_priors ? finite_or_empty(image.priors[p]) : Box{0, 0, 0, 0};
     }
     for (int start = 0; start < image.num_boxes; start += kBoxes) {
@@ -57,22 +58,25 @@ __device__ void find_best(const Image& image, float threshold) {
         __syncthreads();
       }
       for (int g = 0; g < count; ++g) {
-        bool touches = false;
-        for (int k = 0; k < kPriors; ++k) touches |= may_touch(box[g], prior[k]);
-        if (!__any_sync(kFullWarp, touches)) continue;  // most warps are far from the box
-        Key mine = 0;
+        const Box one = box[g];
+        bool touches[kPriors], any = false;  // of the whole warp
+        for (int k = 0; k < kPriors; ++k)
+          any |= touches[k] = __any_sync(kFullWarp, may_touch(one, prior[k]));
+        if (!any) continue;
+        float top = kMinBipartiteIou;
+        int who = -1;  // the lowest of equal priors, for p rises with k
         for (int k = 0; k < kPriors; ++k) {
-          const float overlap = iou(box[g], area(box[g]), prior[k], area(prior[k]));
+          if (!touches[k]) continue;
+          const float overlap = iou(one, area(one), prior[k], area(prior[k]));
           if (overlap > best_iou[k]) best_iou[k] = overlap, best_box[k] = start + g;
-          const Key key = pack(overlap, first + k * kThreads + t);
-          if (overlap > kMinBipartiteIou && key > mine) mine = key;
+          if (overlap > top) top = overlap, who = own + k * 32;
         }
-        mine = max_of_warp(mine);
+        const Key mine = max_of_warp(who < 0 ? 0 : pack(top, who));
         if (t % 32 == 0 && mine != 0) atomicMax(&image.best_prior[start + g], mine);
       }
     }
     for (int k = 0; k < kPriors; ++k) {
-      const int p = first + k * kThreads + t;
+      const int p = own + k * 32;
       const bool over = image.num_boxes > 0 && best_iou[k] >= threshold;
       if (p < image.num_priors) image.matched[p] = over ? image.first_box + best_box[k] : -1;
     }
@@ -144,7 +148,7 @@ __device__ void assign_best_first(const Image& image) {
   }
 }
 
-// grid (N), block = one image; thread t looks after priors t, t + kThreads, ...
+// grid (N), block = one image
 __global__ void __launch_bounds__(kThreads)
     match_kernel(const Box* priors, int num_priors, const Box* boxes, int64_t num_rows,
                  const int64_t* offsets, float threshold, Key* best_prior, int64_t* matched) {

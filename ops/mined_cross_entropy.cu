@@ -13,44 +13,26 @@
 namespace {
 
 constexpr int kThreads = threads(1024, 64);  // of the mine kernel
-constexpr int kRows = threads(128, 64);      // rows a block of the row kernel
-constexpr int kColumns = 92;                 // classes in shared memory at a time: 47 KB at most
+constexpr int kRows = threads(128, 64);      // rows of a block of the row kernel, at most
 constexpr int kZeros = threads(256, 64);     // of the gradient kernel
 
-// grid (ceil(N P / kRows)), thread = one row. More than kColumns classes come in pieces, twice.
+// grid (ceil(N P / rows)), thread = one row
 template <typename T>
 __global__ void __launch_bounds__(kRows)
     row_kernel(const T* logits, const int64_t* labels, int64_t num_rows, int num_classes,
-               float* cross_entropy, unsigned* keys) {
+               int rows, float* cross_entropy, unsigned* keys) {
   DYNAMIC_SHARED(float, tile);
-  const int64_t first = int64_t(blockIdx.x) * kRows, i = first + threadIdx.x;
-  const int rows = int(min(int64_t(kRows), num_rows - first));
-  const bool in_one = num_classes <= kColumns;
-  const int64_t label = i < num_rows ? labels[i] : 0;
-  logits += first * num_classes;
-  float top = -INFINITY, sum = 0, own = NAN;  // no check before the launch: a wrong label gives NaN
-  for (int step = 0; step < 2; ++step)
-    for (int start = 0; start < num_classes; start += kColumns) {
-      const int columns = min(kColumns, num_classes - start);
-      if (step == 0 || !in_one) {
-        __syncthreads();  // nobody reads the tile before this any more
-        if (in_one)
-          load_rows<kRows>(logits, rows * num_classes, num_classes, tile);
-        else
-          load_columns<kRows>(logits + start, rows, num_classes, columns, tile);
-        __syncthreads();
-      }
-      if (i >= num_rows) continue;
-      const float* row = tile + threadIdx.x * odd(columns);
-      if (step == 0) {
-        for (int c = 0; c < columns; ++c) top = row[c] > top ? row[c] : top;
-        if (label >= start && label < start + columns) own = row[label - start];
-      } else {
-        for (int c = 0; c < columns; ++c) sum += expf(row[c] - top);
-      }
-    }
-  if (i >= num_rows) return;
-  const float value = logf(sum) - (own - top);  // a NaN or an infinite logit makes the sum NaN
+  const int64_t first = int64_t(blockIdx.x) * rows, i = first + threadIdx.x;
+  const int here = int(min(int64_t(rows), num_rows - first));
+  load_rows<kRows>(logits + first * num_classes, here * num_classes, num_classes, tile);
+  if (threadIdx.x >= here) return;
+  const float* row = tile + threadIdx.x * (num_classes | 1);
+  float top = -INFINITY, sum = 0;
+  for (int c = 0; c < num_classes; ++c) top = fmaxf(top, row[c]);
+  for (int c = 0; c < num_classes; ++c) sum += expf(row[c] - top);  // NaN where a logit is, or inf
+  const int64_t label = labels[i];  // no check before the launch: a wrong one gives NaN
+  const float own = 0 <= label && label < num_classes ? row[label] : NAN;
+  const float value = logf(sum) - (own - top);
   cross_entropy[i] = value;
   keys[i] = label > 0 ? 0 : __float_as_uint(is_finite(value) ? value : INFINITY) + 1;
 }
@@ -144,10 +126,10 @@ Tensor mined_cross_entropy(const Tensor& logits, const Tensor& labels,
   Tensor keys = torch::stable::new_empty(x, {n, p}, ScalarType::Int);
   float* out = result.mutable_data_ptr<float>();
   unsigned* key = reinterpret_cast<unsigned*>(keys.mutable_data_ptr<int>());
-  const int64_t tile_bytes = kRows * (min(int64_t(kColumns), c) | 1) * sizeof(float);
+  const int64_t rows = rows_of_a_block(kRows, c, "mined_cross_entropy");
   with_type(x, "mined_cross_entropy", [&]<typename T>(const T* logit) {
-    LAUNCH(row_kernel<T>, row_blocks(n * p, c, kRows), kRows, tile_bytes, device.stream)(
-        logit, y.const_data_ptr<int64_t>(), n * p, int(c), out, key);
+    LAUNCH(row_kernel<T>, row_blocks(n * p, c, rows), kRows, rows * (c | 1) * sizeof(float),
+           device.stream)(logit, y.const_data_ptr<int64_t>(), n * p, int(c), int(rows), out, key);
   });
   CHECK_LAUNCH();
   LAUNCH(mine_kernel, n, kThreads, 0, device.stream)(key, int(p), negatives_per_positive, out);

@@ -14,50 +14,31 @@
 namespace {
 
 constexpr int kThreads = threads(256, 64);  // of the class and the merge kernel
-constexpr int kRows = threads(128, 64);     // priors a block of the score kernel
-constexpr int kColumns = 92;                // classes in shared memory at a time: 47 KB at most
+constexpr int kRows = threads(128, 64);     // priors of a block of the score kernel, at most
 constexpr int kInShared = 1024;             // candidates a block can hold in shared memory
 
-// grid (N, ceil(P / kRows)), thread = one prior. The block's logits pass through shared memory, so
-// that reading is coalesced along classes and writing along priors. More than kColumns classes come
-// in pieces, once for the maximum, once for the sum and once for the scores.
+// grid (N, ceil(P / rows)), thread = one prior. The block's logits pass through shared memory, so
+// that reading is coalesced along classes and writing along priors.
 template <typename T>
 __global__ void __launch_bounds__(kRows)
-    score_kernel(const T* logits, int num_priors, int num_classes, float threshold,
+    score_kernel(const T* logits, int num_priors, int num_classes, int rows, float threshold,
                  unsigned* keys) {
   DYNAMIC_SHARED(float, tile);
-  const int t = threadIdx.x, first = blockIdx.y * kRows, rows = min(kRows, num_priors - first);
-  const bool in_one = num_classes <= kColumns;
-  logits += (int64_t(blockIdx.x) * num_priors + first) * num_classes;
-  keys += int64_t(blockIdx.x) * (num_classes - 1) * num_priors + first + t;
+  const int t = threadIdx.x, first = blockIdx.y * rows, here = min(rows, num_priors - first);
+  const int64_t first_row = int64_t(blockIdx.x) * num_priors + first;
+  load_rows<kRows>(logits + first_row * num_classes, here * num_classes, num_classes, tile);
+  if (t >= here) return;
+  float* row = tile + t * (num_classes | 1);
   float best = -INFINITY, sum = 0;
-  // What `visit` does with each logit of the thread's row, it may leave in the tile for the next.
-  const auto each = [&](bool loads, auto visit) {
-    for (int start = 0; start < num_classes; start += kColumns) {
-      const int columns = min(kColumns, num_classes - start);
-      if (loads) {
-        __syncthreads();  // nobody reads the tile before this any more
-        if (in_one)
-          load_rows<kRows>(logits, rows * num_classes, num_classes, tile);
-        else
-          load_columns<kRows>(logits + start, rows, num_classes, columns, tile);
-        __syncthreads();
-      }
-      float* row = tile + t * odd(columns);
-      if (t < rows)
-        for (int c = 0; c < columns; ++c) visit(row[c], start + c);
-    }
-  };
-  each(true, [&](float logit, int) { best = logit > best ? logit : best; });
-  each(!in_one, [&](float& x, int) { sum += x = expf(x - best); });
-  each(!in_one, [&](float& x, int c) {
-    if (c == 0) return;  // background
-    // The sum is at least 1, and so the score at most exp(logit - best): where that does not pass,
-    // no division is needed. NaN, of a NaN or an infinite logit, passes nowhere.
-    const float most = in_one ? x : expf(x - best);
-    const float score = most > threshold ? most / sum : 0;
-    keys[int64_t(c - 1) * num_priors] = score > threshold ? __float_as_uint(score) + 1 : 0;
-  });
+  for (int c = 0; c < num_classes; ++c) best = fmaxf(best, row[c]);  // passes over a NaN
+  for (int c = 0; c < num_classes; ++c) sum += row[c] = expf(row[c] - best);
+  keys += int64_t(blockIdx.x) * (num_classes - 1) * num_priors + first + t;
+  for (int c = 1; c < num_classes; ++c, keys += num_priors) {  // class 0 is background
+    // The sum is at least 1, so the score is at most row[c]: where that does not pass, no division
+    // is needed. NaN, of a NaN or an infinite logit, passes nowhere.
+    const float score = row[c] > threshold ? row[c] / sum : 0;
+    *keys = score > threshold ? __float_as_uint(score) + 1 : 0;
+  }
 }
 
 __device__ float score_of(Key key) { return __uint_as_float(unsigned(key >> 32) - 1); }
@@ -105,12 +86,11 @@ __device__ int suppress(const Box* boxes, const Key* keys, int count, float thre
       const Box mine = boxes[first + c];
       bool is_gone = keys[first + c] == 0;
       for (int k = t / 64; k < total && !is_gone; k += kThreads / 64)
-        is_gone = iou(boxes[kept[k]], area(boxes[kept[k]]), mine, area(mine)) > threshold;
+        is_gone = exceeds(boxes[kept[k]], mine, threshold);
       if (is_gone) atomicOr(&gone, Key(1) << c);
       Key row = 0;
       for (int j = c + 1 + t / 64; j < chunk; j += kThreads / 64) {
-        const Box other = boxes[first + j];
-        if (iou(mine, area(mine), other, area(other)) > threshold) row |= Key(1) << j;
+        if (exceeds(mine, boxes[first + j], threshold)) row |= Key(1) << j;
       }
       if (row != 0) atomicOr(&rows[c], row);
     }
@@ -245,10 +225,11 @@ Detections postprocess(const Tensor& loc, const Tensor& logits, const Tensor& pr
   unsigned* kept_key = reinterpret_cast<unsigned*>(kept_keys.mutable_data_ptr<int>());
   int* kept_prior = kept_priors.mutable_data_ptr<int>();
   if (p > 0 && c > 1) {
-    const int64_t tile_bytes = kRows * (min(int64_t(kColumns), c) | 1) * sizeof(float);
+    const int64_t rows = rows_of_a_block(kRows, c, "postprocess"), blocks = divide_up(p, rows);
+    STD_TORCH_CHECK(blocks < 65536, "postprocess: too many priors: ", p);  // the grid's y
     with_type(z, "postprocess", [&]<typename T>(const T* logit) {
-      LAUNCH(score_kernel<T>, dim3(n, divide_up(p, kRows)), kRows, tile_bytes, device.stream)(
-          logit, int(p), int(c), float(score_threshold), key);
+      LAUNCH(score_kernel<T>, dim3(n, blocks), kRows, rows * (c | 1) * sizeof(float),
+             device.stream)(logit, int(p), int(c), int(rows), float(score_threshold), key);
     });
     CHECK_LAUNCH();
   }

@@ -43,7 +43,7 @@ def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """Offsets (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
+    """Box codes (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
 
     Not clipped to the image: SSD suppresses unclipped boxes.
     """

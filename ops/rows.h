@@ -10,25 +10,25 @@ __device__ float as_float(T x) {
   return static_cast<float>(x);
 }
 
-// An odd pitch keeps the 32 threads of a warp, each in its own row, on 32 different banks.
-inline __device__ int odd(int columns) { return columns | 1; }
-
-// `count` numbers, which are whole rows of `columns`, into tile[row * odd(columns) + column]. They
-// are one range of memory: neighbouring threads read neighbours, several loads ahead.
-template <int kBlock, typename T>
-__device__ void load_rows(const T* from, int count, int columns, float* tile) {
-  const bool has_gaps = columns % 2 == 0;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < count; i += kBlock)
-    tile[has_gaps ? i + i / columns : i] = as_float(from[i]);
+// A block has a thread for each of its rows: as many as `threads`, or as fit 48 KB of shared memory.
+inline int64_t rows_of_a_block(int threads, int64_t columns, const char* op) {
+  const int64_t fit = (48 << 10) / sizeof(float) / (columns | 1);
+  STD_TORCH_CHECK(fit > 0, op, ": more than 12,287 classes on a GPU: ", columns);
+  return min(int64_t(threads), fit);
 }
 
-// Columns start .. start + columns of rows of `pitch`: for rows that are too long for one tile.
+// `count` numbers, which are whole rows of `columns`, into tile[row * (columns | 1) + column]. They
+// are one range of memory: neighbouring threads read neighbours, several loads ahead. The odd pitch
+// keeps the 32 threads of a warp, each in its own row, on 32 different banks.
 template <int kBlock, typename T>
-__device__ void load_columns(const T* from, int rows, int64_t pitch, int columns, float* tile) {
-  for (int row = threadIdx.x / 32; row < rows; row += kBlock / 32)
-    for (int c = threadIdx.x % 32; c < columns; c += 32)
-      tile[row * odd(columns) + c] = as_float(from[row * pitch + c]);
+__device__ void load_rows(const T* from, int count, int columns, float* tile) {
+  if (columns % 2 == 0) {
+    for (int i = threadIdx.x; i < count; i += kBlock) tile[i + i / columns] = as_float(from[i]);
+  } else {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += kBlock) tile[i] = as_float(from[i]);
+  }
+  __syncthreads();
 }
 
 // call(pointer of the tensor's type): one of the four that logits may have.

@@ -4,8 +4,8 @@ import contextlib
 import errno
 import math
 import os
+import select
 import signal
-import stat
 import sys
 import threading
 import time
@@ -48,18 +48,20 @@ def run_program(main: Callable[[], object]) -> None:
         sys.exit(130)
 
 
-def silence_output() -> None:
-    """Where nobody reads standard output or error any more, what is printed goes nowhere."""
+def silence_output() -> bool:
+    """Where nobody reads standard output or error any more, what is printed goes nowhere.
+
+    -> whether that is so: a pipe whose reader has ended, the terminal of a lost connection.
+    """
+    gone = False
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            fd = stream.fileno()
-            try:
-                stream.flush()
-                gone = stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd)  # a closed terminal
-            except OSError:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no file; no poll (Windows)
+            end = select.poll()
+            end.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in end.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 gone = True
-            if gone:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+    return gone
 
 
 def check_file(path: str | None, *inputs: str | Path) -> None:

@@ -32,6 +32,7 @@ from plumbing.program import Progress, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
+FILES += ("errors.json", "suspects.html")
 
 # A resumed run takes all arguments from its checkpoint, except those of MACHINE. The user may
 # change those of CHANGEABLE: the data may have moved, or a bad step is to be skipped.
@@ -230,12 +231,13 @@ class RunLog:
             )
             self.say(self.progress, line["step"] + 1, text, share=share)
 
-    def say(self, function: Callable, *args, **kwargs) -> None:
-        """Prints. If the terminal is gone, the run is saved and ends."""
+    def say(self, function: Callable, *args, **kwargs) -> object:
+        """Calls what prints. If nobody reads it any more, the run is saved and ends."""
         try:
-            function(*args, **kwargs)
-        except OSError:  # a closed pipe, or the terminal of a connection that broke
-            silence_output()
+            return function(*args, **kwargs)
+        except OSError:
+            if not silence_output():
+                raise
             self.stopping = True
 
     def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
@@ -250,9 +252,9 @@ class RunLog:
     def measured(self, step: int, measure: Callable[[], dict]) -> None:
         """Calls `measure` during training, and logs its mAPs and the CPU minutes."""
         begin = time.perf_counter()
-        results = measure()
+        results = self.say(measure)
         self.begin += time.perf_counter() - begin  # images/s count the time of steps only
-        if self.file:
+        if self.file and results:
             numbers = {k: v for k, v in results.items() if k.startswith("mAP")}
             numbers["cpu_minutes"] = results["cpu_minutes"]
             self.file.write(json.dumps({"step": step} | numbers) + "\n")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,8 +107,8 @@ def test_sync_bn_without_a_gpu_is_refused(shapes_root, tmp_path):
 
 
 def test_too_little_disk_is_said_before_the_first_step(shapes_root, tmp_path, monkeypatch):
-    usage = plan.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=1e6))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1e6))
     with pytest.raises(ValueError, match="checkpoints need .* GB more, 0.00 GB are free"):
         train.main(voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2))
     assert not (tmp_path / "run").exists()
@@ -115,18 +116,18 @@ def test_too_little_disk_is_said_before_the_first_step(shapes_root, tmp_path, mo
 
 def test_too_little_shared_memory_is_said_before_the_first_step(shapes_root, tmp_path, monkeypatch):
     """Two workers, 4 batches of 2 images each: 4.3 MB. Docker gives 64, for all there is."""
-    usage = plan.shutil.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
 
     def small(path):
         return usage._replace(free=3e6) if str(path) == "/dev/shm" else usage
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", small)
+    monkeypatch.setattr(shutil, "disk_usage", small)
     flags = voc_flags(shapes_root, "--out", tmp_path / "run", "--batch-size", 2)
     with pytest.raises(ValueError, match="need up to 0.004 GB of /dev/shm.*--workers 1, or"):
         train.main([*flags, "--workers", "2"])
     assert not (tmp_path / "run").exists()
     usage = usage._replace(total=0, free=0)  # what a tmpfs of size=0 says: it has no limit
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     plan.check_shared_memory(128, train.parse_args(["--workers", "2"]))
 
 

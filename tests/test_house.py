@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (("plumbing", "ops"), ("metrics", "data", "scratchdet"), ("eval",), ("detect", "train"))
 UPWARDS = {  # the lines that reach up into experiments/: the rivals' networks, the final pages
     ("eval", "experiments.baselines"), ("train", "experiments.baselines"),
-    ("train", "experiments.report"), ("train", "experiments.page"),
+    ("train", "experiments.report"), ("train", "experiments.page"), ("train", "experiments.errors"),
     ("scratchdet", "experiments.baselines"),
 }  # fmt: skip
 
