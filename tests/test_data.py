@@ -281,6 +281,8 @@ def test_prepare_fills_with_the_mean_and_orders_the_channels(records):
 
 @pytest.mark.cuda
 def test_prepare_on_the_gpu_equals_the_cpu(records):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     batch = next(batches(records, 96, batch_size=14, seed=1))
     there = prepare(data.to_device(batch, "cuda"), CONFIG)
     here = prepare(batch, CONFIG)
