@@ -32,7 +32,7 @@ from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.halves import spread
+from plumbing.halves import THREADS, spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
 from plumbing.program import Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
@@ -85,7 +85,7 @@ def run_detector(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
         # On a CPU several batches run at once, each on its own core; the results keep their order.
-        for some in spread(run, batches, torch.get_num_threads() if device.type == "cpu" else 1):
+        for some in spread(run, batches, THREADS if device.type == "cpu" else 1):
             found += some
             if what:
                 progress(len(found))
@@ -96,11 +96,12 @@ def run_detector(
 
 def evaluate(
     model: ScratchDet, records: list[Record], *, metric: str = "voc",
-    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1,
+    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1, keep: list | None = None,
 ) -> dict:  # fmt: skip
     """Runs the model over the records and measures it -> the dict of `summarise`.
 
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
+    `keep`, a list, receives the detections.
     """
     if world > 1:
         # Each rank has its own running statistics of BatchNorm: all must use those of rank 0.
@@ -116,6 +117,8 @@ def evaluate(
         found = [None] * len(records)  # back in the order of the records
         for r, part in enumerate(parts):
             found[r::world] = part
+    if keep is not None:
+        keep[:] = found
     return summarise(records, found, model.config.classes, metric)
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import page, report
+from experiments import errors, page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
@@ -352,11 +352,11 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     return torch.compile(network) if args.compile else network
 
 
-def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
+def measure(model: ScratchDet, test: list, args, rank, world, keep: list | None = None) -> dict:
     """Evaluates the model on `test`: the results, with the CPU minutes of all ranks so far."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
     ranks = {"workers": args.workers, "rank": rank, "world": world}
-    results = evaluation.evaluate(model, test, metric=metric, **ranks)
+    results = evaluation.evaluate(model, test, metric=metric, keep=keep, **ranks)
     seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
     if world > 1:
         dist.all_reduce(seconds)
@@ -462,10 +462,12 @@ def main(argv: list[str] | None = None) -> dict:
     log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
-    results = measure(model, test, args, rank, world)
+    found: list = []
+    results = measure(model, test, args, rank, world, keep=found)
     if lead:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(evaluation.results_text(results))
+        errors.write(out, test, found, classes, results)
         report.write([out], out / "report.html")
         if args.page:
             shown = () if args.data == "shapes" else test[: page.PICTURES]

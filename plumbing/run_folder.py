@@ -32,6 +32,7 @@ from plumbing.program import Progress, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
+FILES += ("errors.json", "suspects.html")
 
 # A resumed run takes all arguments from its checkpoint, except those of MACHINE. The user may
 # change those of CHANGEABLE: the data may have moved, or a bad step is to be skipped.
