@@ -249,6 +249,7 @@ def test_postprocess_ties_and_by_hand(emulated, rng):
 
 
 def test_postprocess_odd_numbers(emulated, rng):
+    test_ops.test_postprocess_at_the_threshold("cpu")
     test_ops.test_postprocess_odd_numbers("cpu", rng)
 
 
