@@ -15,6 +15,8 @@ over the parts have a fixed order: as many threads give the same bits, however b
 """
 
 import copy
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from ops.jit import build
+from ops.jit import BuildError, build
 
 
 def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
@@ -142,7 +144,13 @@ def in_threads(model: nn.Module, images: int) -> nn.Module:
     if not ops.COMPILED["cpu"]:
         return model
     parts = min(torch.get_num_threads(), images, 8)
-    return Halves(model, parts, torch.get_num_threads() // parts)
+    try:
+        return Halves(model, parts, torch.get_num_threads() // parts)
+    except BuildError as error:
+        if os.environ.get("SCRATCHDET_OPS") == "require":
+            raise
+        print(f"all cores at once need one library more: {error}", file=sys.stderr)
+        return model
 
 
 def spread(function: Callable, items: Iterable, threads: int) -> Iterator:
