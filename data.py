@@ -9,16 +9,16 @@ This file follows an image to the network:
 
     Record            what the annotation says: path, size, boxes, labels   (plumbing/files.py)
     expand, crop      -> the source rectangle, from the boxes and the image *size* alone
-    place_boxes       -> the boxes as they lie in that rectangle
+    place_boxes       -> the boxes in the coordinates of that rectangle
     snap, render      -> pixels: decode, then one resize
     Dataset, batches  -> Batch of uint8 images, made by worker processes; any step can be resumed
     prepare           -> on the device: colour, (x - mean) / std  ->  (N, 3, S, S)
 
-Geometry comes first, so that the canvas of up to 16 times the image that SSD expands into never
-exists. Augmentation is therefore two things here: a rectangle, and five numbers for the colours.
+Geometry comes first: SSD's expanded canvas has up to 16 times the area of the image, and here it is
+never allocated. So augmentation is a rectangle and five numbers for the colours.
 
 Letters: N images - S side of the input - G boxes in one image - T boxes in a batch.
-`_xyxy` boxes are in units of the image, except in a Record, where they are the annotation's pixels.
+`_xyxy` boxes are in units of the image; only those of a Record are in pixels, as annotated.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 import ops
-from plumbing import sources
+from plumbing import check, fetch, sources
 from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
@@ -46,17 +46,18 @@ from plumbing.workers import run_workers
 
 # ------------------------------------------------------------------------------ augmentation
 
-AUGMENT = ("ssd", "crop", "flip", "none")  # all of SSD's; the same without expand; flips; nothing
-MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # of samplers 1 to 5; 0 is the whole, 6 any crop
-TRIALS = 50
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-NEUTRAL = (0.0, 0.0, 1.0, 1.0, 0.0)  # colour parameters that change nothing
+AUGMENT = ("ssd", "crop", "flip", "none")  # all of SSD's; all but expand; only flips; nothing
+MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # of samplers 1 to 5 of `crop`
+TRIALS = 50  # random crops per sampler; all that miss its IoU are rejected
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # xyxy: the whole image
+NEUTRAL = (0.0, 0.0, 1.0, 1.0, 0.0)  # colour parameters that change nothing: see sample_colour
 
 
 def expand(rng: np.random.Generator) -> np.ndarray:
-    """Zoom out: half of the time, a canvas of 1 to 4 times the image's side, placed at random.
+    """Zoom out: half of the time, a canvas whose sides are 1 to 4 times the image's, at random.
 
     -> (4,) xyxy in units of the image; (0, 0, 1, 1) is the image itself (Caffe ExpandImage).
+    [-1, 0, 1, 2]: the image is the right upper quarter of the canvas.
     """
     if rng.random() < 0.5:
         return np.array(WHOLE)
@@ -68,18 +69,20 @@ def expand(rng: np.random.Generator) -> np.ndarray:
 def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Zoom in, by one of SSD's seven samplers: (G, 4) -> (4,) xyxy, both in units of the canvas.
 
-    Sampler 0 is the whole. Samplers 1 to 5 take the first of 50 random crops whose IoU with some
-    box is at least 0.1, 0.3, 0.5, 0.7, 0.9. Sampler 6 takes any crop. One of the samplers that
-    found a crop is chosen uniformly (Caffe GenerateBatchSamples). All trials are drawn at once.
+    Sampler 0 keeps the whole canvas. Samplers 1 to 5 take the first of 50 random crops whose IoU
+    with some box is at least 0.1, 0.3, 0.5, 0.7, 0.9. Sampler 6 takes any crop. One of the samplers
+    that found a crop is chosen uniformly (Caffe GenerateBatchSamples). A canvas without boxes stays
+    whole. All trials are sampled at once, K = 5 * 50 + 1.
     """
     if len(boxes_xyxy) == 0:
         return np.array(WHOLE)
     u = rng.random((4, len(MIN_IOUS) * TRIALS + 1))
     scale = 0.3 + 0.7 * u[0]
-    # Clamped, not drawn anew: so many crops are exactly as wide or as high as the image.
+    # An aspect for which the crop would not fit is clamped, as in Caffe, not sampled again. So many
+    # crops are exactly as wide or as high as the canvas.
     aspect = (0.5 + 1.5 * u[1]).clip(scale**2, scale**-2.0)
-    sides = scale[:, None] * np.stack([aspect, 1 / aspect], axis=1) ** 0.5  # (K, 2)
-    sides = sides.clip(max=1.0)  # rounding may exceed it
+    sides = scale[:, None] * np.stack([aspect, 1 / aspect], axis=1) ** 0.5  # (K, 2) width, height
+    sides = sides.clip(max=1.0)  # rounding may exceed 1
     corner = u[2:].T * (1.0 - sides)
     crops = np.concatenate([corner, corner + sides], axis=1)  # (K, 4)
 
@@ -88,8 +91,8 @@ def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     inter = (np.minimum(right, x1) - np.maximum(left, x0)).clip(0.0)
     inter *= (np.minimum(bottom, y1) - np.maximum(top, y0)).clip(0.0)  # (K-1, G)
     union = (sides.prod(axis=1)[:-1, None] + (x1 - x0) * (y1 - y0)) - inter
-    iou = (inter / union).max(axis=1).reshape(len(MIN_IOUS), TRIALS)
-    success = iou >= MIN_IOUS[:, None]
+    iou = (inter / union).max(axis=1).reshape(len(MIN_IOUS), TRIALS)  # with the best box
+    success = iou >= MIN_IOUS[:, None]  # the other crops are rejected
     firsts = success.argmax(axis=1) + TRIALS * np.arange(len(MIN_IOUS))
     choices = [-2, *firsts[success.any(axis=1)], -1]  # -2: the whole
     choice = choices[rng.integers(len(choices))]
@@ -97,10 +100,10 @@ def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def place_boxes(boxes_xyxy: np.ndarray, source_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where boxes of the image lie in the source rectangle: (G, 4), (4,) -> (G, 4), kept (G,) bool.
+    """Boxes of the image in units of the source rectangle: (G, 4), (4,) -> (G, 4), kept (G,) bool.
 
-    Kept are those whose centre lies in the rectangle, clipped to it, unless nothing of their area
-    is left (Caffe's emit constraint CENTER). It may be none.
+    Boxes are clipped to the rectangle. A box is kept if its centre lies inside (Caffe's emit
+    constraint CENTER) and some of its area is left; perhaps none is.
     """
     corner, size = source_xyxy[:2], source_xyxy[2:] - source_xyxy[:2]
     centre = ((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2 - corner) / size
@@ -118,7 +121,7 @@ def flip(boxes_xyxy: np.ndarray) -> np.ndarray:
 def sample_source(
     boxes_xyxy: np.ndarray, rng: np.random.Generator, *, zoom_out: bool = True
 ) -> np.ndarray:
-    """Expand, then crop: what the network will see of the image, (4,) xyxy in units of it."""
+    """Expand, then crop: the part of the image that the network sees, (4,) xyxy in its units."""
     canvas = expand(rng) if zoom_out else np.array(WHOLE)
     corner, side = canvas[:2], canvas[2:] - canvas[:2]
     boxes, keep = place_boxes(boxes_xyxy, canvas)
@@ -142,20 +145,21 @@ def sample_colour(rng: np.random.Generator) -> tuple[float, ...]:
 def snap(
     source_xyxy: np.ndarray, image_size: tuple[int, int], size: int
 ) -> tuple[np.ndarray, list[int], list[int], int]:
-    """Moves a source rectangle to whole pixels: -> source, part, inside, factor.
+    """Rounds a source rectangle to whole pixels: -> source, part, inside, factor.
 
     `part` (x0 y0 x1 y1, pixels of the image) is what the source shows of the image. `inside` is
     where that lands on the canvas of size x size; the rest of the canvas lies beside the image.
-    Both are rounded to whole pixels, and the returned source is the one that the two mean, so
-    boxes and pixels agree exactly. A JPEG that shrinks by 2, 4 or 8 can be decoded at that
-    fraction (`factor`); `part` keeps to multiples of it.
+    Both are rounded to whole pixels, and the returned source is exactly the one that these two
+    describe, so boxes and pixels agree. A JPEG that shrinks by 2, 4 or 8 can be decoded directly at
+    that fraction (`factor`), which is faster; then `part` consists of multiples of it.
     """
     source, part, inside = source_xyxy.tolist(), [0] * 4, [0] * 4
+    # pixels of the image per pixel of the canvas, in x and in y
     units = [(source[a + 2] - source[a]) * image_size[a] / size for a in (0, 1)]
     factor = next(f for f in (8, 4, 2, 1) if f <= max(1.0, min(units)))
-    if source == list(WHOLE):  # a whole image stays whole
+    if source == list(WHOLE):  # then no pixel may be cut off: the factor must divide both sides
         factor = math.gcd(factor, *image_size)
-    for a, length in enumerate(image_size):
+    for a, length in enumerate(image_size):  # a = 0: x, a = 1: y
         low, high, unit = source[a] * length, source[a + 2] * length, units[a]
         first = round(max(low, 0.0) / factor) * factor
         last = min(round(high / factor), length // factor) * factor
@@ -174,20 +178,21 @@ def render(
     record: Record, part: list[int], inside: list[int], factor: int, size: int,
     pixels: np.ndarray | None = None,
 ) -> Tensor:  # fmt: skip
-    """Shows `part` of the image at `inside` on a canvas, as `snap` gave them: -> (3, S, S) uint8.
+    """Draws `part` of the image at `inside` on a canvas, as `snap` chose them: -> (3, S, S) uint8.
 
     One bilinear resize of just that part, antialiased where it shrinks; 0 beside the image.
-    `pixels` (h, w, 3) is the decoded image, where a cache has it. torch's resize of bytes equals
-    Pillow's to one grey level and is three times as fast.
+    `pixels` (h, w, 3) is the decoded image, if a cache has it. torch's resize of bytes differs from
+    Pillow's by at most one grey level and is three times as fast.
     """
     canvas = torch.zeros((3, size, size), dtype=torch.uint8)
     x0, y0, x1, y1 = part
     left, top, right, bottom = inside
     if x0 == x1:
-        return canvas  # nothing of the image is seen: nothing to decode
+        return canvas  # the source shows nothing of the image: nothing to decode
     if pixels is None:
         image = open_record(record)
         if factor > 1 and image.format == "JPEG":
+            # draft: Pillow decodes at a fraction of the size, or returns None if it cannot
             if image.draft(None, (image.width // factor, image.height // factor)):
                 x0, y0, x1, y1 = (side // factor for side in part)
         pixels = np.asarray(decode_pixels(image, record))
@@ -203,7 +208,7 @@ def render(
 
 
 class Batch(NamedTuple):
-    """N images and their T boxes, one after another."""
+    """N images and their T boxes: those of image 0, then those of image 1, ..."""
 
     images: Tensor  # (N, 3, S, S) uint8 RGB; 0 outside `inside`
     inside: Tensor  # (N, 4) int64 x0 y0 x1 y1: the pixels that the image covers
@@ -217,7 +222,8 @@ class Batch(NamedTuple):
 class Dataset(torch.utils.data.Dataset):
     """dataset[epoch, index, size] is one sample, for an input of size x size pixels.
 
-    All its randomness comes from (seed, epoch, index): in another size it is the same sample.
+    All its random numbers come from (seed, epoch, index), so any sample can be made again, by any
+    worker, and in another size it is the same crop.
     """
 
     def __init__(
@@ -261,7 +267,7 @@ class Dataset(torch.utils.data.Dataset):
         try:
             samples = [self[key] for key in keys]
         except BadData as error:
-            return error  # run_workers raises it: one line instead of a worker's traceback
+            return error  # run_workers raises it, as one line instead of a worker's traceback
         images, inside, colour, boxes, labels, indices = zip(*samples, strict=True)
         return Batch(
             torch.stack(images),
@@ -288,9 +294,10 @@ def batches(
     """The endless stream of training batches, from `start_step` on.
 
     Sample p of the stream is image permutation(seed, epoch)[p % len(records)] of epoch
-    p // len(records). Batch s of rank r takes the samples (s * world + r) * batch_size and on. So
-    batches straddle epochs, none is ever partial, any step can be resumed, and neither the number
-    of workers nor that of ranks changes what is in the stream. `size` may depend on the step.
+    p // len(records). Batch s of rank r takes the batch_size samples from (s * world + r) *
+    batch_size on. So a batch may contain the end of one epoch and the start of the next, every
+    batch is full, any step can be resumed, and the stream is the same for any number of workers and
+    ranks. `size` is a number, or a function of the step.
     """
     if not records:
         raise ValueError("no images to train on")
@@ -315,7 +322,7 @@ def batches(
 def ordered_batches(
     records: list[Record], size: int, *, batch_size: int, workers: int = 0
 ) -> Iterator[Batch]:
-    """The records in order, whole and unchanged, for evaluation; the last batch may be short."""
+    """The records in their order, not augmented, for evaluation; the last batch may be smaller."""
     dataset = Dataset(records, augment="none")
     keys = [(0, index, size) for index in range(len(records))]
     order = (keys[i : i + batch_size] for i in range(0, len(keys), batch_size))
@@ -326,14 +333,15 @@ def ordered_batches(
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Pinned batches travel while the GPU computes."""
+    """Copies a batch to the device; from pinned memory while the GPU computes."""
     return Batch(*(x.to(device, non_blocking=True) for x in batch))
 
 
 def prepare(batch: Batch, config) -> Tensor:
-    """What the network sees: (N, 3, S, S) float32, channels_last, on the device of the batch.
+    """The input of the network: (N, 3, S, S) float32, channels_last, on the device of the batch.
 
-    Colour augmentation, (x - mean) / std, order of the channels; 0 beside the image: the mean.
+    Colour augmentation, then (x - mean) / std, then the order of the channels. Beside the image it
+    is 0, which stands for the mean colour.
     """
     return ops.colour(
         batch.images, batch.inside, batch.colour, config.mean, config.std, config.channels
@@ -367,22 +375,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--sets", nargs="+", help="such as 2007:trainval; default: all; the sheet shows the first")
     add("--check", action="store_true", help="read and decode everything, list what is wrong")
     add("--fetch", nargs="+", metavar="NAME", help="download voc2007, voc2012 or coco2017")
-    add("--to", default="data", metavar="DIR", help="where --fetch puts it")
-    add("--out", default="sheet.png", help="the sheet of augmented images")
-    add("--augment", choices=AUGMENT, default="ssd", help="what the sheet shows")
-    add("--seed", type=int, default=0, help="of the sheet")
+    add("--to", default="data", metavar="DIR", help="folder for --fetch")
+    add("--out", default="sheet.png", help="file for the sheet of augmented images")
+    add("--augment", choices=AUGMENT, default="ssd", help="augmentation of the sheet")
+    add("--seed", type=int, default=0, help="random numbers of the sheet")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads of --check")
     args = parser.parse_args(argv)
     check_range(args, "workers", 1)
     check_range(args, "seed", 0)
     if args.fetch:
-        from plumbing import fetch
-
         return fetch.main(args.fetch, args.to)
     sets = args.sets or sources.sets_there(args)
     if args.check:
-        from plumbing import check
-
         found = Findings(collect=True)
         read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
         return check.check(read, found, args.workers)

@@ -52,7 +52,7 @@ class Found(NamedTuple):
 class Detector:
     """A checkpoint of train.py, ready for pictures of any size.
 
-    `min_score`: what counts as found; default: the checkpoint's own threshold, else .3.
+    `min_score`: detections below it are left out; default: the checkpoint's own threshold, else .3.
     """
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", min_score: float | None = None):
@@ -60,28 +60,37 @@ class Detector:
         self.min_score = threshold(about) if min_score is None else min_score
 
     def __call__(self, images):
-        """`Found` in a picture (PIL, or NumPy (h,w), (h,w,3), (h,w,4) uint8); a list for a list."""
-        if isinstance(images, (list, tuple)):
+        """A picture -> `Found`; a list of pictures -> a list of them.
+
+        A picture is PIL's, or a NumPy array (h,w), (h,w,3) RGB or (h,w,4) RGBA of uint8.
+        """
+        if isinstance(images, (list, tuple)):  # one by one: they may differ in size
             return [self(image) for image in images]
         boxes, scores, labels = detect_image(self.model, as_rgb(images))
         good = scores >= self.min_score
+        # label 0 is background, so label 1 is the first class
         names = [self.model.config.classes[label - 1] for label in labels[good]]
         return Found(boxes[good], scores[good], names)
 
 
 def threshold(checkpoint: dict) -> float:
-    """The score of the best F1 on the images that the checkpoint was evaluated on, else .3."""
+    """The score from which detections count as found.
+
+    It is the one with the best F1 on the images that the checkpoint was evaluated on, or .3 where
+    the checkpoint was never evaluated.
+    """
     return (checkpoint.get("results") or {}).get("threshold") or MIN_SCORE
 
 
 def find_pictures(names: list[str]) -> list[Path]:
-    """The files named, and those in the folders named; hidden ones are passed over."""
+    """The pictures named, and those inside the folders named, without hidden files."""
     pictures = []
     for name in names:
         path = Path(name)
         if not path.exists():
             raise ValueError(f"{name}: no such picture or folder")
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        # Only a folder is filtered by suffix: whoever names a file means it.
         some = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         if path.is_dir() and not some:
             raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
@@ -90,7 +99,7 @@ def find_pictures(names: list[str]) -> list[Path]:
 
 
 def as_json(name: str, image: Image.Image, found: Detections, classes: tuple[str, ...]) -> dict:
-    """All detections of a picture as plain data."""
+    """All detections of a picture, weak ones too, as plain data for --json."""
     rows = [
         {"label": classes[label - 1], "score": float(score),
          "box_xyxy": [round(float(v), 1) for v in xyxy]}
@@ -100,9 +109,9 @@ def as_json(name: str, image: Image.Image, found: Detections, classes: tuple[str
 
 
 def in_words(row: dict, min_score: float) -> str:
-    """dog 0.91, cat 0.55, 37 weaker"""
+    """The line that is printed for a picture: "dog 0.91, cat 0.55, 37 weaker"."""
     words = [f"{d['label']} {d['score']:.2f}" for d in row["detections"]]
-    good = sum(d["score"] >= min_score for d in row["detections"])  # the best come first
+    good = sum(d["score"] >= min_score for d in row["detections"])  # the first ones of the row
     if not good:
         return f"nothing above {min_score:g} (best guess {words[0]})" if words else "nothing"
     text = ", ".join(words[: min(good, 8)]) + (f" and {good - 8} more" if good > 8 else "")
@@ -110,18 +119,24 @@ def in_words(row: dict, min_score: float) -> str:
 
 
 def read_pictures(pictures: list[Path], failed: list[str]) -> Iterator[tuple[Path, Image.Image]]:
-    """Opens one after another; one that cannot be read is named, noted in `failed`, passed over."""
+    """Opens one picture after another.
+
+    One that cannot be read is reported and its name added to `failed`; the others go on.
+    """
     for path in pictures:
         try:
             yield path, upright(open_image(path))
-        except Exception as error:  # whatever a decoder raises on bytes from anywhere
+        except Exception as error:  # image decoders raise all kinds of errors on damaged files
             what = str(error) if str(path) in str(error) else f"{path}: cannot be decoded ({error})"
             print(f"error: {what}", file=sys.stderr)
             failed.append(str(path))
 
 
 def detect_pictures(model, args: argparse.Namespace) -> int:
-    """Detects in all pictures; prints, draws, writes JSON. -> the exit status."""
+    """Detects in all pictures: prints, draws, writes JSON.
+
+    -> the exit status: 1 if a picture could not be read, else 0.
+    """
     classes, rows, failed = model.config.classes, [], []
     pictures = find_pictures(args.pictures)
     folder = make_folder(args.draw, pictures) if args.draw else None
@@ -131,8 +146,10 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
         print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
         if folder:
             boxes, scores, labels = (x[found.scores >= args.min_score] for x in found)
-            twice = sum(p.name == path.name for p in pictures) > 1  # in two folders
+            # Two folders may hold pictures of one name, which must not overwrite each other.
+            twice = sum(p.name == path.name for p in pictures) > 1
             drawn = folder / (f"{path.parent.name}_{path.name}" if twice else path.name)
+            # A name whose suffix Pillow does not know becomes a JPEG.
             draw_boxes(image, boxes, labels, scores, classes).save(
                 drawn if drawn.suffix.lower() in Image.registered_extensions() else f"{drawn}.jpg"
             )
@@ -152,16 +169,21 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
 
 
 def detect_film(model, args: argparse.Namespace) -> int:
-    """Detects in the JPEG frames on standard input; writes drawn frames. -> the exit status."""
+    """Detects in the JPEG frames on standard input, one by one: the film may be endless.
+
+    --draw writes them with boxes, again as motion JPEG.
+    -> the exit status: 1 if a frame could not be read, else 0.
+    """
     classes, rows, failed, begin = model.config.classes, [], 0, time.perf_counter()
     with open(args.draw or os.devnull, "wb") as film:
         for n, frame in enumerate(split_jpegs(sys.stdin.buffer)):
             try:
                 image = as_rgb(Image.open(io.BytesIO(frame), formats=["JPEG"]))
-            except Exception as error:  # whatever a decoder raises
+            except Exception as error:  # image decoders raise all kinds of errors
                 print(f"error: frame {n} cannot be decoded ({error})", file=sys.stderr)
                 failed += 1
                 continue
+            # One scale: a film is to keep up with its camera.
             found = detect_image(model, image)
             rows.append(as_json(f"frame {n}", image, found, classes))
             print(f"frame {n}: {in_words(rows[-1], args.min_score)}", flush=True)
@@ -189,9 +211,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--checkpoint",
         metavar="FILE",
-        help="of train.py; default: the photo detector of weights/, else the quick start's",
+        help="of train.py; default: the photo detector in weights/, else the quick start's",
     )
-    add("--min-score", type=float, help="what counts as found; default: the checkpoint's threshold")
+    add("--min-score", type=float, help="from which score to show; default: the checkpoint's")
     add("--multi-scale", action="store_true", help="9 scales, mirrored: slower, finds more")
     add("--draw", metavar="DIR|FILE", help="write the pictures (or the film) with boxes")
     add("--json", metavar="FILE", help="write all detections")
@@ -206,11 +228,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_range(args, "min_score", 0, 1)
     if not args.pictures and not args.export:
         raise ValueError("which picture? Expected: python detect.py PICTURE|FOLDER|-")
+    # argparse would show a default that may not be there.
     if args.checkpoint is None:
         args.checkpoint = next((str(p) for p in DEFAULTS if p.exists()), None)
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
-    for file in (args.json, args.export):  # fail now, not at the end
+    for file in (args.json, args.export):  # fail now, not after all pictures
         check_file(file, args.checkpoint, *args.pictures)
     return args
 

@@ -2,16 +2,13 @@
 
     records, one Detections per image --> voc_ap | coco_ap --> summarise --> results_text
 
-Read `average_precision` first: it is the metric as a textbook has it. What comes after it decides
-which detections are right: VOC's rules, then COCO's (skip those on a first reading).
-
-Both metrics put the boxes of all images into one table and work on whole columns, so a million
-detections take seconds (`python -m experiments.eval_bench` times them).
+Read `average_precision` first: the metric as a textbook has it. What comes after it decides which
+detections are right: VOC's rules, then COCO's (skip those on a first reading). Both work on one
+table of all images, so a million detections take seconds (`python -m experiments.eval_bench`).
 
 Letters: D detections and G objects (ground-truth boxes) of all images together, C classes,
 N images, K pairs of a detection and an object.
 Boxes here are `_xyxy` in PIXELS of the original image, not in units of the image.
-
 References: the VOC2007 devkit (VOCevaldet); COCOeval of pycocotools.
 """
 
@@ -228,29 +225,24 @@ def voc_match(
     enough = iou > iou_threshold  # strictly
     d, g, iou = d[enough], g[enough], iou[enough]
     order = np.lexsort((g, -iou, d))  # of each detection the largest IoU first, then the first box
-    d, g = d[order], g[order]
-    looking, first = np.unique(d, return_index=True)
+    looking, first = np.unique(d[order], return_index=True)
     target = np.full(len(guesses.label), -1)
-    target[looking] = g[first]
+    target[looking] = g[order][first]
 
     scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
-
-    def side(table):
+    sides = []
+    for table in (objects, guesses):
         area = np.prod(table.boxes_xyxy[:, 2:] - table.boxes_xyxy[:, :2] + 1, axis=1)
-        return np.sqrt(np.maximum(area * scale[table.image], 0))
-
-    return VocMatches(
-        objects, guesses, target, side(objects), side(guesses), len(records), num_classes
-    )
+        sides.append(np.sqrt(np.maximum(area * scale[table.image], 0)))
+    return VocMatches(objects, guesses, target, *sides, len(records), num_classes)
 
 
 def voc_outcome(matches: VocMatches, low=0.0, high=np.inf) -> tuple[Array, Array, Array]:
     """Right or wrong: tp (D,), fp (D,), counted (G,), all bool; for objects of one size only.
 
-    Of the detections that look at one object the best score finds it; the others are wrong. An
-    object that is difficult, or whose side is not in [low, high), is neither counted nor can it
-    make a detection right or wrong. A detection that looks at nothing is wrong if its own side is
-    in [low, high).
+    Of the detections that look at one object the best score finds it; the others are wrong. Objects
+    that are difficult, or whose side is not in [low, high), do not count, nor does what looks at
+    them. A detection that looks at nothing is wrong if its own side is in [low, high).
     """
     m = matches
     counted = ~m.objects.difficult & (m.object_side >= low) & (m.object_side < high)
@@ -292,34 +284,33 @@ def voc_ap(
     `iou_threshold` and no detection of higher score has found the object; if the object is
     difficult, it does not count; else it is wrong. Equal scores count in the order of the images.
 
-    -> {"ap11": (C,), "area": (C,), NaN for a class without an object that is not difficult;
-    "curves": for each class (recall, precision) at its true positives; "by_size": for each of
-    `SIZES` the means of "ap11" and "area" over objects of that size, by their side as a 300x300
-    network sees them}. ValueError for lists that do not belong together.
+    -> "ap11", "area" (C,), NaN for a class without an object that counts; "curves", for each class
+    (recall, precision) at its true positives; "f1" of `voc_f1`; "by_size", for each of `SIZES` the
+    means of "ap11" and "area" over objects whose side is such to a 300x300 network.
+    ValueError for lists that do not belong together.
     """
     matches = voc_match(records, detections, num_classes, iou_threshold)
     eleven, area, curves = voc_average(matches, voc_outcome(matches))
     by_size = {}
-    for name, (low, high) in SIZES.items():
-        both = voc_average(matches, voc_outcome(matches, low, high))[:2]
+    for name, sides in SIZES.items():
+        both = voc_average(matches, voc_outcome(matches, *sides))[:2]
         by_size[name] = [mean(ap) for ap in both]
     f1 = voc_f1(matches)
-    return {"ap11": eleven, "area": area, "curves": curves, "by_size": by_size, "f1": f1}
+    return {"ap11": eleven, "area": area, "curves": curves, "f1": f1, "by_size": by_size}
 
 
 def voc_f1(matches: VocMatches) -> Array:
     """F1 (C, 101) of the detections whose score is at least each of `THRESHOLDS`.
 
-    F1 is the harmonic mean of precision and recall: 2 tp / (tp + fp + objects). It is best where
-    both are good, so it says which detections to show. NaN for a class without objects.
+    F1, the harmonic mean of precision and recall, is 2 tp / (tp + fp + objects). Where it is best
+    lies the score from which on detections are worth showing. NaN for a class without objects.
     """
     (tp, fp, counted), m = voc_outcome(matches), matches
     f1 = np.full((m.num_classes, len(THRESHOLDS)), np.nan)
     objects = np.bincount(m.objects.label[counted], minlength=m.num_classes + 1)[1:]
     for c, rows in enumerate(class_ranges(m.guesses.label, m.num_classes)):
         shown = np.searchsorted(-m.guesses.score[rows], -THRESHOLDS, side="right")
-        right = np.append(0, np.cumsum(tp[rows]))[shown]
-        wrong = np.append(0, np.cumsum(fp[rows]))[shown]
+        right, wrong = (np.append(0, np.cumsum(x[rows]))[shown] for x in (tp, fp))
         if objects[c]:
             f1[c] = 2 * right / (right + wrong + objects[c])
     return f1
@@ -327,8 +318,8 @@ def voc_f1(matches: VocMatches) -> Array:
 
 def best_threshold(f1: Array) -> float | None:
     """The middle of the thresholds at which F1 (101,) is best; None where it is 0 or NaN."""
-    best = np.flatnonzero(f1 == f1.max()) if f1.max() > 0 else []
-    return float(THRESHOLDS[best[len(best) // 2]]) if len(best) else None
+    best = np.flatnonzero(f1 == f1.max())
+    return float(THRESHOLDS[best[len(best) // 2]]) if f1.max() > 0 else None
 
 
 # ----------------------------------------------------------- COCO: a second reading, if ever
@@ -350,8 +341,8 @@ def take_turns(
 
     d, g, allowed (K,), sorted by group[d], within it by preference. `allowed` has one bit for each
     of up to 63 matchings that run side by side: a detection may be free in one and taken in
-    another. `shared` (G,) bool: objects that many may have (crowds). All groups go at the same
-    time: round s is the turn of the s-th pair of each.
+    another. `shared` (G,) bool: objects that many may have (crowds). All groups go at once: round s
+    is the turn of the s-th pair of each.
 
     -> (K,) the matchings in which the pair came together, (D,) those in which the detection did.
     """
@@ -373,9 +364,9 @@ def coco_match(guesses: Guesses, objects: Objects, counted: Array) -> tuple[Arra
     """COCO's matching for 4 area ranges and 10 IoU thresholds at once: bit 10 * range + threshold.
 
     In each class and image the detections choose in turn, best score first: of the objects still
-    free, the one of largest IoU (the last of equals); an ignored one only if no other is left.
+    free, the one of largest IoU (the last of equals); one that does not count only if no other is
+    left. counted (4, G) bool: the objects of each area range.
 
-    counted (4, G) bool: the objects of each area range.
     -> matched, hit (D,) bits: matched at all; and to an object that counts.
     """
     d, g, iou = overlaps(guesses, objects, COCO_IOUS[0], crowd=objects.difficult)
@@ -384,13 +375,13 @@ def coco_match(guesses: Guesses, objects: Objects, counted: Array) -> tuple[Arra
     counts = sum(row.astype(np.int64) * 1023 << 10 * a for a, row in enumerate(counted))  # (G,)
     # each pair comes twice: where the object counts, and, last of its detection, where it does not
     allowed = np.concatenate([reached & counts[g], reached & ~counts[g]])
+    last = np.arange(len(allowed)) >= len(d)
     d, g, iou = np.tile(d, 2), np.tile(g, 2), np.tile(iou, 2)
-    last = np.arange(len(d)) >= len(reached)
     group, _ = class_and_image(guesses, objects)
     some = np.flatnonzero(allowed)
     order = some[np.lexsort((-g[some], -iou[some], last[some], d[some], group[d[some]]))]
-    d, g, allowed, last = d[order], g[order], allowed[order], last[order]
-    together, matched = take_turns(group, d, g, allowed, objects.difficult)
+    d, last = d[order], last[order]
+    together, matched = take_turns(group, d, g[order], allowed[order], objects.difficult)
     hit = np.zeros(len(group), np.int64)
     np.bitwise_or.at(hit, d[~last], together[~last])
     return matched, hit
@@ -428,8 +419,8 @@ def coco_ap(records: list[Record], detections: list[Detections], num_classes: in
     counted = inside(objects.area) & ~objects.difficult
     near = inside(sides_of(guesses.boxes_xyxy).prod(axis=1))
     matched, hit = coco_match(guesses, objects, counted)
-    positives = [np.bincount(objects.label[row], minlength=num_classes + 1) for row in counted]
-    positives = np.stack(positives)[:, 1:]  # (4, C)
+    label = [objects.label[row] for row in counted]
+    positives = np.stack([np.bincount(x, minlength=num_classes + 1)[1:] for x in label])  # (4, C)
     precision = np.zeros((len(COCO_AREAS), len(COCO_IOUS), num_classes, len(COCO_RECALLS)))
     recall = np.zeros((*precision.shape[:3], len(COCO_BEST)))  # of the best 1, 10 and 100
     ranges = class_ranges(guesses.label, num_classes)
@@ -443,14 +434,13 @@ def coco_ap(records: list[Record], detections: list[Detections], num_classes: in
             found = rank[ranges[c]][right][:, None] < COCO_BEST
             recall[a, t, c] = found.sum(axis=0) / positives[a, c]
 
-    def average(values, a):  # (T, C): over the classes that have objects in area range a
+    def average(values, a):  # (.., C): over the classes that have objects in area range a
         return float(values[..., positives[a] > 0].mean()) if positives[a].any() else -1.0
 
-    ap, ar = precision.mean(axis=3), recall  # (A, T, C), (A, T, C, 3)
-    stats = [average(ap[0], 0), average(ap[0, 0], 0), average(ap[0, 5], 0)]  # IoU .5 and .75
+    ap, ar = precision.mean(axis=3), recall.transpose(3, 0, 1, 2)  # (A, T, C), (3, A, T, C)
+    stats = [average(x, 0) for x in (ap[0], ap[0, 0], ap[0, 5])]  # all IoUs, .5, .75
     stats += [average(ap[a], a) for a in (1, 2, 3)]
-    stats += [average(ar[0, ..., m], 0) for m in range(len(COCO_BEST))]
-    stats += [average(ar[a, ..., 2], a) for a in (1, 2, 3)]
+    stats += [average(x[0], 0) for x in ar] + [average(ar[2, a], a) for a in (1, 2, 3)]
     per_class = np.where(positives[0] > 0, ap[0].mean(axis=0), np.nan)
     return dict(zip(COCO_NAMES, stats, strict=True), per_class=per_class)
 
@@ -470,37 +460,33 @@ def summarise(
     def plain(x):
         return None if np.isnan(x) else float(x)
 
+    def both(eleven, area, kind):
+        return {f"{kind}_11point": plain(eleven), f"{kind}_area": plain(area)}
+
     voc = voc_ap(records, detections, len(classes))
-    eleven, area = mean(voc["ap11"]), mean(voc["area"])
-    per_class = {
-        name: {"ap_11point": plain(voc["ap11"][c]), "ap_area": plain(voc["area"][c])}
-        for c, name in enumerate(classes)
-    }
-    by_size = {
-        name: {"mAP_11point": plain(a), "mAP_area": plain(b)}
-        for name, (a, b) in voc["by_size"].items()
-    }
+    means = both(mean(voc["ap11"]), mean(voc["area"]), "mAP")
+    per_class, curves = {}, {}
+    for c, name in enumerate(classes):
+        per_class[name] = both(voc["ap11"][c], voc["area"][c], "ap")
+        f1, (recall, precision) = voc["f1"][c], voc["curves"][c]
+        per_class[name] |= {"threshold": best_threshold(f1), "f1": plain(f1.max())}
+        some = np.unique(np.linspace(0, max(0, len(recall) - 1), 200).astype(int))[: len(recall)]
+        curves[name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
     result = {
-        "mAP": plain(eleven if metric == "voc07" else area),
+        "mAP": means["mAP_11point" if metric == "voc07" else "mAP_area"],
         "metric": metric,
-        "mAP_11point": plain(eleven),
-        "mAP_area": plain(area),
+        **means,
         "per_class": per_class,
-        "by_size": by_size,
+        "by_size": {name: both(*aps, "mAP") for name, aps in voc["by_size"].items()},
         "images": len(records),
         "objects": int(sum((~r.difficult).sum() for r in records)),
         "detections": int(sum(len(d.scores) for d in detections)),
-        "threshold": best_threshold(voc["f1"][~np.isnan(voc["f1"][:, 0])].sum(axis=0)),
-        "curves": {},
+        "threshold": best_threshold(np.nansum(voc["f1"], axis=0)),
+        "curves": curves,
     }
-    for name, (recall, precision), f1 in zip(classes, voc["curves"], voc["f1"], strict=True):
-        some = np.unique(np.linspace(0, max(0, len(recall) - 1), 200).astype(int))[: len(recall)]
-        result["curves"][name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
-        per_class[name] |= {"threshold": best_threshold(f1), "f1": plain(f1.max(initial=0))}
     if metric == "coco":
         coco = coco_ap(records, detections, len(classes))
-        result["coco"] = {name: coco[name] for name in COCO_NAMES}
-        result["mAP"] = coco["AP"]
+        result |= {"coco": {name: coco[name] for name in COCO_NAMES}, "mAP": coco["AP"]}
         for name, ap in zip(classes, coco["per_class"], strict=True):
             per_class[name]["ap_coco"] = plain(ap)
     return result

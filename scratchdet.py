@@ -12,9 +12,9 @@
 
 Letters, here and everywhere: N images - P = 8732 priors - C classes with background (21 for VOC) -
 A priors per cell - G boxes of one image - T boxes of a batch - D detections of an image at most.
-Boxes are float32 in units of the image (priors and decoded boxes may lie outside [0, 1]). The name
-of a tensor says its format: `_xyxy` is (left, top, right, bottom), `_cxcywh` is (centre x, centre
-y, width, height). `loc` is the box code: four numbers per prior that move it onto an object.
+Boxes are float32 in units of the image; priors and decoded boxes may lie partly outside [0, 1]. The
+name of a tensor says its format: `_xyxy` is (left, top, right, bottom), `_cxcywh` is (centre x,
+centre y, width, height). `loc` is the box code: four numbers that move a prior onto an object.
 
 The head, the priors and the loss share one memory order: map, row, column, prior of the cell.
 
@@ -42,7 +42,7 @@ from plumbing.network import check_config, check_maps, count_macs, ignored_optio
 from plumbing.voc import VOC_CLASSES
 
 # Priors, one row per map: smallest and largest side in pixels, distance between two cells in pixels
-# (None: side of the image / side of the map), aspect ratios besides 1 (each also inverted).
+# (None: side of the image / side of the map), aspect ratios other than 1 (each also inverted).
 # From Caffe SSD: ssd_pascal.py and ssd_coco.py.
 PRIORS = {
     "voc": (
@@ -53,7 +53,7 @@ PRIORS = {
         (213, 264, None, (2,)),
         (264, 315, None, (2,)),
     ),
-    "coco": (  # smaller, because COCO's objects are
+    "coco": (  # smaller, because COCO's objects are smaller
         (21, 45, 8, (2,)),
         (45, 99, 16, (2, 3)),
         (99, 153, 32, (2, 3)),
@@ -67,12 +67,12 @@ MAPS_300 = (38, 19, 10, 5, 3, 1)  # sides of the six maps of a 300x300 image
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines the network and its input: plain data, saved in every checkpoint."""
+    """All that defines the network and its input, as plain data that every checkpoint holds."""
 
     backbone: str = "root-resnet34"  # a name in BODIES
     bn: str = "all"  # where BatchNorm is: all | backbone | head | none (Table 1)
     width: float = 1.0  # factor on all channels but the head's, rounded up to a multiple of 16
-    stem: tuple[int, int, int] | None = None  # first convolutions, if not the backbone's (Table 2)
+    stem: tuple[int, int, int] | None = None  # (kernel, how many, stride) of Table 2; None: as is
     extras: str = "residual"  # maps 3 to 6: residual blocks, or "conv", the layers of SSD
     l2_norm: bool = False  # normalise conv4_3 of VGG-16, as the original SSD does
     head_bn_eps: float = 1e-5  # of BatchNorm in the head; Caffe SSD and DSOD have 1e-3
@@ -138,9 +138,9 @@ def conv_bn(
 class BasicBlock(nn.Module):
     """3x3, 3x3, and a shortcut; ReLU after the sum (He et al. 2016, post-activation).
 
-    `shrink` turns a 3x3 map into 1x1, which only the last extra block has to do. Its first
-    convolution has stride 2 and no padding: with padding, stride 2 would lead from 3 to 2. The
-    shortcut starts at the second pixel, which is the centre of the first 3x3 window.
+    `shrink` is for the last extra block, which turns a 3x3 map into 1x1. Its first convolution has
+    stride 2 and no padding: with padding, stride 2 would lead from 3 to 2. The shortcut starts at
+    the second pixel, which is the centre of the first 3x3 window.
     """
 
     expansion = 1  # output channels / channels of the 3x3 convolutions
@@ -162,12 +162,12 @@ class BasicBlock(nn.Module):
 
 
 def channel_rounding(width: float):
-    """c -> c * width, rounded up to a multiple of 16: vector units want it, oneDNN fails on 8."""
+    """c -> c * width, rounded up to a multiple of 16: fast in vector units; oneDNN fails on 8."""
     return lambda c: 16 * math.ceil(c * width / 16)
 
 
 def convs_of(module: nn.Module):
-    """Its convolutions, in order."""
+    """All convolutions inside a module, in order."""
     return (m for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
@@ -186,7 +186,7 @@ def conv_extras(c_in: int, how_many: int, ch, *, bn: bool) -> list[nn.Module]:
 
 
 def run_extras(extras: nn.ModuleList, x: Tensor) -> list[Tensor]:
-    """One map per block. Stops early where a small image leaves less than one window."""
+    """One map per block. Stops where the map of a small image is smaller than the next kernel."""
     maps = []
     for block in extras:
         side = min(x.shape[-2:])
@@ -218,9 +218,9 @@ RESNETS = {
 class ResNet(nn.Module):
     """Stem, pooling, four stages, extra blocks: images (N,3,H,W) -> six maps.
 
-    Every stage of total stride 8 or more gives a map, and the extra blocks fill up to six. So a
-    stem without stride leaves stages 3 and 4 (section 3.2) and four extra blocks; the strided one
-    leaves stages 2, 3 and 4 and three extra blocks.
+    Every stage of total stride 8 or more gives a map, and extra blocks bring the number to six. So
+    a stem without stride has stages 3 and 4 (section 3.2) and four extra blocks; a stem with stride
+    has stages 2, 3 and 4 and three extra blocks.
     """
 
     block = BasicBlock
@@ -237,7 +237,7 @@ class ResNet(nn.Module):
             self.stem.append(conv_bn(c_in, ch(64), kernel, stride=1 if i else stride, bn=bn))
             c_in = ch(64)
         self.pool = nn.MaxPool2d(pool[0], stride=2, padding=pool[1]) if pool else nn.Identity()
-        stride *= 2 if pool else 1  # from here on: of everything up to this layer
+        stride *= 2 if pool else 1  # from here on: the total stride, image to this layer
 
         self.stages, self.channels = nn.ModuleList(), []
         for i, how_many in enumerate(blocks):
@@ -273,7 +273,7 @@ class ResNet(nn.Module):
 
 
 class L2Norm(nn.Module):
-    """Scales the channels of each pixel to length 20; the 20 is learned, per channel (SSD)."""
+    """Scales the channels of each pixel to length 20; per channel the 20 is then learned (SSD)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -311,11 +311,12 @@ class VGG16(nn.Module):
         return [self.norm(conv4_3), fc7, *run_extras(self.extras, fc7)]
 
 
-# Config -> backbone: a module that turns images into maps of `.channels` channels. It has
-# `.maps_300` if its maps of a 300x300 image are not MAPS_300, and `.head_kernels` if its head is
-# not 3x3. The networks that the paper compares with add themselves: experiments/baselines.py.
+# The backbones: BODIES[name](config) is a module that turns images into maps of `.channels`
+# channels. It has `.maps_300` if its maps of a 300x300 image are not MAPS_300, and `.head_kernels`
+# if its head is not 3x3. The networks that the paper compares with add themselves to this table:
+# experiments/baselines.py. A backbone of your own does, too: one more entry.
 BODIES = {name: ResNet for name in RESNETS} | {"vgg16": VGG16}
-# The options that not every backbone has, and who has which. Config refuses the others.
+# Options that only some backbones have. Config refuses an option that would have no effect.
 TAKES = {name: ("stem", "extras") for name in RESNETS} | {"vgg16": ("l2_norm",)}
 
 
@@ -325,7 +326,7 @@ TAKES = {name: ("stem", "extras") for name in RESNETS} | {"vgg16": ("l2_norm",)}
 class Head(nn.Module):
     """Two convolutions on every map: box codes and class scores of the A priors of each cell.
 
-    With BatchNorm, which is what allows the larger learning rate (section 3.1), but without ReLU:
+    BatchNorm here is part of what allows the larger learning rate (section 3.1). There is no ReLU:
     scores and codes have both signs.
     """
 
@@ -344,7 +345,7 @@ class Head(nn.Module):
             return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, k)
 
         loc, conf = [], []
-        # zip stops at the shorter one: a small image has fewer maps
+        # a small image has fewer maps than the head has layers: zip stops there
         for m, to_loc, to_conf in zip(maps, self.loc, self.conf, strict=False):
             loc.append(flatten(to_loc(m), 4))
             conf.append(flatten(to_conf(m), self.num_classes))
@@ -355,7 +356,7 @@ class Head(nn.Module):
 
 
 def priors_per_cell(config: Config) -> list[int]:
-    """A of each map."""
+    """A, the number of priors in each cell, for each of the maps."""
     return [2 + 2 * len(ratios) for *_, ratios in PRIORS[config.priors]]
 
 
@@ -369,10 +370,9 @@ def make_priors(
     """The default boxes: (P,4) cxcywh in units of the image, not clipped (Caffe PriorBox).
 
     `map_sizes` [(H, W)] default to those of a 300x300 image, `image_hw` to the input of the config.
-    In an image of another size the priors keep their sides in pixels, so that a larger image shows
-    the network larger objects (multi-scale testing). With `same_fraction` they keep their share of
-    the image instead (training at a growing resolution). The distance between cells is the stride
-    of the map in both cases.
+    In an image of another size the priors keep their sides in pixels: enlarged, a small object fits
+    them (multi-scale testing). With `same_fraction` they keep their fraction of the image instead
+    (training with --sizes). In both cases cells are one stride of the map apart.
 
     Order in a cell: the small square, the square of side sqrt(smallest * largest), then for each
     ratio the wide and the tall one.
@@ -410,7 +410,7 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def with_log_size(boxes_cxcywh: Tensor) -> Tensor:
-    """(cx, cy, w, h) -> (cx, cy, ln w, ln h): now coding is a difference. (..., 4) -> (..., 4)."""
+    """(cx, cy, w, h) -> (cx, cy, ln w, ln h): then coding is a difference. (..., 4) -> (..., 4)."""
     return torch.cat([boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:].log()], dim=-1)
 
 
@@ -425,7 +425,7 @@ def subtract_priors(boxes_log: Tensor, priors_cxcywh: Tensor) -> Tensor:
 
 
 def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """What the network should say for these boxes: (..., P, 4), priors (P,4) -> (..., P, 4).
+    """The box codes of boxes, relative to their priors: (..., P, 4), priors (P,4) -> (..., P, 4).
 
     The inverse of `decode` (ops/reference.py).
     """
@@ -443,9 +443,10 @@ def assign_targets(
     priors (P,4); boxes (T,4) and labels (T,) of the whole batch, of which image n owns the rows
     offsets[n]:offsets[n+1]. The code of a background prior is 0, and the loss ignores it.
     """
-    matched = ops.match(cxcywh_to_xyxy(priors_cxcywh), boxes_xyxy, offsets)  # (N, P), -1: none
-    # One table of all boxes and all priors. A background prior picks itself, so its code is 0.
-    # Logarithms of T + P rows instead of N * P: a tenth of the time.
+    # The row of the matched box, or -1: ops/reference.py, where boxes compete for priors.
+    matched = ops.match(cxcywh_to_xyxy(priors_cxcywh), boxes_xyxy, offsets)  # (N, P)
+    # One table of all boxes and all priors. A background prior picks itself, so its code is 0. The
+    # table has T + P rows: the logarithms take a tenth of the time that those of N * P would.
     t, p = len(boxes_xyxy), len(priors_cxcywh)
     boxes_cxcywh = torch.cat([xyxy_to_cxcywh(boxes_xyxy), priors_cxcywh])
     itself = torch.arange(t, t + p, device=matched.device)
@@ -471,13 +472,14 @@ def multibox_loss(
     the positive priors and of the hardest negative ones, three for each positive *of the same
     image*. Both are sums, divided by max(1, positives of the batch). An image without boxes adds 0.
 
-    The masks have a fixed shape and nothing is indexed by them, so nothing waits for the GPU.
+    The masks are used as factors, not as indices: all shapes are known, so the CPU need not wait
+    for the GPU.
     """
     target_labels, target_loc = assign_targets(priors_cxcywh, boxes_xyxy, labels, offsets)
     positive = target_labels > 0  # (N, P)
     total = positive.sum()
     norm = total.clamp(min=1)
-    # in float32 even under autocast; 0 on background, where the target is 0 as well
+    # in float32 even under autocast; 0 for background, where the target is 0 as well
     loc = loc.float() * positive[..., None]
     loss_loc = F.smooth_l1_loss(loc, target_loc, reduction="sum") / norm
     cross_entropy = ops.mined_cross_entropy(logits, target_labels, negatives_per_positive)
@@ -515,18 +517,18 @@ class ScratchDet(nn.Module):
 
         sizes = self.map_sizes(config.size, config.size)
         check_maps(config, sizes, needed, getattr(self.features, "maps_300", MAPS_300))
-        # a buffer moves to the GPU with the network; not saved, because the config says it all
+        # a buffer moves to the GPU with the network; it is not saved, since it follows from config
         self.register_buffer("priors_cxcywh", make_priors(config, sizes), persistent=False)
         self.priors_of_size: dict[int, Tensor] = {}  # of other sizes, see priors_at
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(H, W) of each map of such an image; on the meta device, so nothing is computed."""
+        """(H, W) of each map for an image of this size. On the meta device nothing is computed."""
         body = copy.deepcopy(self.features).to("meta").eval()
         maps = body(torch.empty(1, 3, height, width, device="meta"))
         return [tuple(m.shape[-2:]) for m in maps]
 
     def priors_at(self, size: int) -> Tensor:
-        """The priors of size x size images in training: the same fraction of the image always."""
+        """The priors for training on size x size images: always the same fractions of the image."""
         if size == self.config.size:
             return self.priors_cxcywh
         if size not in self.priors_of_size:
@@ -547,7 +549,7 @@ detect = ops.postprocess
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple[ScratchDet, dict]:
     """A checkpoint -> (the network in evaluation mode, the whole checkpoint).
 
-    Uses the averaged weights of a checkpoint that has them (older versions could average).
+    Where a checkpoint of an older version has averaged weights ("ema"), those are used.
     """
     checkpoint = read_checkpoint(path, device)
     try:
@@ -556,7 +558,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
             del values[name]  # older versions accepted it, without effect
         model = ScratchDet(Config.from_dict(values))
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
-    except Exception as e:  # whatever Python and torch say to plain data from anywhere
+    except Exception as e:  # plain data from anywhere can make Python and torch fail in any way
         why = " ".join(str(e).split())[:250] or type(e).__name__
         raise ValueError(
             f"{path}: of another network than this code's ({why}). It was written by commit "
@@ -598,10 +600,10 @@ def add_config_flags(group: argparse._ActionsContainer) -> None:
         help="which part has BatchNorm")
     add("--width", type=float, default=Config.width, help="factor on all channels")
     add("--stem", type=int, nargs=3, metavar=("KERNEL", "CONVS", "STRIDE"),
-        help="the first convolutions, where they differ from the backbone's own")
+        help="the first convolutions; default: the backbone's own")
     add("--extras", default=Config.extras, choices=["residual", "conv"],
         help="layers of the small maps: blocks of two 3x3, or 1x1 and 3x3 as in SSD")
-    add("--l2-norm", action="store_true", help="normalise conv4_3 of vgg16, as the original SSD")
+    add("--l2-norm", action="store_true", help="normalise conv4_3 of vgg16, as in the original SSD")
     add("--head-bn-eps", type=float, default=Config.head_bn_eps,
         help="eps of BatchNorm in the head; Caffe SSD and DSOD have 1e-3")
     add("--priors", default=Config.priors, choices=list(PRIORS), help="their sides and ratios")

@@ -7,12 +7,14 @@
     python train.py --voc-root VOCdevkit --minutes 60   the best this machine can do in an hour
     torchrun --nproc-per-node 4 train.py --voc-root VOCdevkit        several GPUs
 
-One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. Everything of the run is in
-its folder (--out): last.pt (checkpoint), log.jsonl (one line per step), run.json (arguments,
+One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. The run writes everything
+into one folder (--out): last.pt (checkpoint), log.jsonl (one line per step), run.json (arguments,
 commit, machine), detections drawn beside the ground truth, and report.html, which shows it all.
 
-`--resume` goes on from OUT/last.pt, bit for bit on a CPU: samples and random numbers of step s
-depend on (seed, s) alone, and the checkpoint holds the rest.
+`--resume` continues from OUT/last.pt, bit for bit on a CPU: the samples and random numbers of
+step s depend only on (seed, s), and the checkpoint holds the rest.
+
+Read in this order: RECIPES, learning_rate, forward_backward, update, then the loop in main.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-# Idle threads sleep: spinning, they slow everything down wherever the cores are shared.
+# Idle threads must sleep: threads that spin slow down every other process on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
@@ -37,17 +39,18 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import baselines, report  # noqa: F401  baselines adds the rivals' networks
+from experiments import errors, page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
 from plumbing.program import StopSignals, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
-# The recipes. `drops`: where the learning rate falls to a tenth, as fractions of the run (sections
-# 4.1 to 4.4 of the paper; "released": as in its released code). The short recipes fall on a line to
-# zero and warm up for long: large early gradients inflate the weights' norm, and under BatchNorm
-# that shrinks every later effective step.
+# A recipe is the default of every flag that it names. `drops`: the fractions of the run after which
+# the learning rate falls to a tenth (sections 4.1 to 4.4 of the paper; "released": as in its
+# released code). The short recipes lower the rate linearly to zero: in 12,000 images drops reached
+# half the mAP (docs/results.md). They warm up for long: large early gradients inflate the weights'
+# norm, and under BatchNorm that shrinks every later effective step.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -58,24 +61,25 @@ RECIPES = {
     "coco": PAPER | dict(iterations=320_000, drops=(150 / 320, 250 / 320, 310 / 320)),
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
-    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64,  # --minutes, on a GPU:
-                           save_every=2_000),  # it does 500 such steps in some 20 s
+    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64,  # --minutes on a GPU,
+                           save_every=2_000),  # estimated to do 500 such steps in some 20 s
     "shapes": SHORT | dict(iterations=1_150, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1)),  # the quick start
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on
 # "budget" on a CPU: 25 images/s per core instead of 1. Flips only: a network this narrow underfits
-# stronger augmentation (mAP after an hour .27, with crops .21). What did not help stands in
-# docs/results.md: drops instead of the line, averaged weights, half the batch, less warm-up.
+# stronger augmentation (mAP after an hour .27, with crops .21). docs/results.md lists what did not
+# help: drops instead of the linear fall, averaged weights, half the batch, less warm-up.
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
-ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))  # twice the images
+# Small images first: they cost less, so the same time shows the network twice as many images.
+ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
-LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # see forward_backward
+LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # one row per step: forward_backward
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags. Those without a default here take theirs from the recipe."""
+    """All flags. A flag without a default here takes the recipe's."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -85,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     sources.add_data_flags(group)
     add = group.add_argument
     add("--train-sets", nargs="+", metavar="SET", help="VOC: YEAR:NAME, COCO: NAME")
-    add("--eval-sets", nargs="+", metavar="SET", help="likewise")
+    add("--eval-sets", nargs="+", metavar="SET", help="the same, for the evaluation")
     add("--augment", choices=data.AUGMENT,
         help="ssd: colour, expand, crop, flip; crop: the same without expand")
     add("--overfit", type=int, default=0, metavar="N",
@@ -94,42 +98,43 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     add_config_flags(group)
     group.add_argument("--init", metavar="FILE",
-        help="start from this checkpoint's weights; with other classes the scores start anew")
+        help="start from this checkpoint's weights; for other classes the class scores start anew")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--recipe", choices=list(RECIPES), help="default: follows from the data and --minutes")
-    add("--batch-size", type=int, help="images of a step, over all processes")
-    add("--accumulate", type=int, default=1, help="micro-batches of a step; BN sees one of them")
+    add("--batch-size", type=int, help="images per step, over all processes")
+    add("--accumulate", type=int, default=1, help="micro-batches per step; BN sees one at a time")
     add("--lr", type=float, help="default: the recipe's, scaled linearly with the batch size")
     add("--iterations", type=int, help="default: the recipe's, scaled to see as many images")
-    add("--minutes", type=float, help="as many iterations as fit, fixed at the start")
+    add("--minutes", type=float, help="as many iterations as fit, decided before the first step")
     add("--drops", type=float, nargs="*",
-        help="where the learning rate falls to a tenth, as fractions of the run")
+        help="fractions of the run after which the learning rate falls to a tenth")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")
     add("--sizes", type=plan.size_and_share, nargs="*", default=(), metavar="SIZE:SHARE",
-        help="grow: images of so many pixels until that share of the run's work is done")
-    add("--seed", type=int, default=0, help="of the weights and of every sample")
+        help="growing images: this size in pixels until that share of the run's work is done")
+    add("--seed", type=int, default=0, help="of the initial weights and of every sample")
 
     add = parser.add_argument_group("system").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
-        help="loader processes of each rank")
+        help="loader processes per rank")
     add("--cache", metavar="DIR", help="keep the decoded images here, memory-mapped")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="autocast; default: where the hardware is made for it")
+        help="autocast to bfloat16; default: on, where the hardware computes it natively")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="several GPUs: BatchNorm over all ranks' images")
-    add("--out", metavar="DIR", help="default: runs/RECIPE; a run that is there moves aside")
-    add("--resume", action="store_true", help="go on from OUT/last.pt if there is one")
+    add("--out", metavar="DIR", help="default: runs/RECIPE; an older run there is moved aside")
+    add("--resume", action="store_true", help="continue from OUT/last.pt if there is one")
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
-    add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP on the way, too")
-    add("--skip-nonfinite", action="store_true", help="leave such steps out, and count them")
+    add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP during training")
+    add("--skip-nonfinite", action="store_true", help="do not stop at a NaN: skip such steps")
+    add("--page", action="store_true", help="at the end, the detector as a page: OUT/page.html")
     # fmt: on
     return parser
 
 
 def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
-    """What follows from the flags that were given: (other flags' defaults, the recipe's own)."""
+    """Chooses the recipe: flags given by the user -> (defaults of other flags, the recipe)."""
     kind = sources.kind_of(given)
     name = given.recipe or {"voc": "voc07", "yolo": "voc07"}.get(kind, kind)
     if not given.recipe and given.overfit:
@@ -151,9 +156,9 @@ def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
 
 
 def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
-    """The flags, complete; `defaults` override the recipe's, and what is given overrides both.
+    """All flags with their final values. The user's win over `defaults`, those over the recipe's.
 
-    Parsed twice: first to learn which recipe is asked for, then with its defaults.
+    The command line is parsed twice: first to find the recipe, then with the recipe's defaults.
     """
     parser = make_parser()
     words = sys.argv[1:] if argv is None else argv
@@ -163,13 +168,13 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
     plan.check_flags(args, given)
     if args.overfit:
-        args.eval_sets = args.train_sets  # what is measured, and so what eval.py measures again
+        args.eval_sets = args.train_sets  # the checkpoint says so, and eval.py measures the same
     for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
-        if getattr(args, root):  # so that eval.py finds it from any folder
+        if getattr(args, root):  # absolute, so that eval.py finds it from any folder
             setattr(args, root, str(Path(getattr(args, root)).absolute()))
     if args.classes not in (None, "auto"):
         args.classes = str(Path(args.classes).absolute())
-    # The linear rule (Goyal et al. 2017): twice the batch, twice the rate, half the steps.
+    # The linear rule (Goyal et al. 2017): twice the batch size, twice the rate, half the steps.
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(recipe["iterations"] / scale)
@@ -180,9 +185,10 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
 
 
 def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
-    """The image sizes of the run; until which share of its work, and of its steps, each is used.
+    """The image sizes of the run, and the share of its work and of its steps at the end of each.
 
-    Work is pixels: ((150, 0.5), (300, 1)) are four of five steps at 150 pixels.
+    Work counts pixels. ((150, 0.5), (300, 1)): half of the work at 150 pixels is four of five
+    steps, because a step at 300 pixels costs four times as much.
     """
     sizes, work = zip(*(args.sizes or [(args.size, 1.0)]), strict=True)
     steps = np.cumsum(np.diff(work, prepend=0) / np.square(sizes))
@@ -190,18 +196,23 @@ def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
 
 
 def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
-    """Before step 0, 1, ...: the share of the run's work that is done, and the next image size."""
+    """Where the run stands before step 0, 1, ...: (share of its work done, size of this step).
+
+    Without --sizes that is (step / iterations, args.size).
+    """
     sizes, work, steps = stages(args)
     ends, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
-    i = min(bisect(ends, step), len(sizes)) - 1
+    i = min(bisect(ends, step), len(sizes)) - 1  # the stage that this step belongs to
     of_stage = (step - ends[i]) / max(1.0, ends[i + 1] - ends[i])
     return work[i] + (work[i + 1] - work[i]) * of_stage, sizes[i]
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Of step 0, 1, ...: a linear warm-up, then drops to a tenth ("steps") or a line to zero.
+    """The learning rate of step 0, 1, ...
 
-    The paper drops it after 45, 75 and 95 % of the run (section 4.1) and has no warm-up.
+    It rises linearly during the warm-up. Then it drops to a tenth at each of `drops` (schedule
+    "steps") or falls linearly to zero ("linear"). The paper drops it after 45, 75 and 95 % of the
+    run and has no warm-up (section 4.1).
     """
     done, after = progress(step, args)[0], progress(step + 1, args)[0]
     warm = min(1.0, after / max(1e-9, args.warmup))
@@ -211,8 +222,11 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Caffe's multipliers. Biases of convolutions (there are some only without BN) learn twice as
-    fast and do not decay; the head's BN does not decay; the backbone's does."""
+    """The parameters in three groups, with Caffe's multipliers of learning rate and weight decay.
+
+    Biases of convolutions, which exist only without BatchNorm, learn twice as fast and do not
+    decay. The head's BatchNorm does not decay; the backbone's does, as all weights.
+    """
     head_bn, biases, rest = [], [], []
     for name, module in model.named_modules():
         bn = isinstance(module, nn.BatchNorm2d)
@@ -234,11 +248,12 @@ def forward_backward(
     network: nn.Module, model: ScratchDet, batches: Iterator, args: argparse.Namespace,
     stopping: bool = False,
 ) -> tuple[dict[str, Tensor], list[int]]:  # fmt: skip
-    """The gradients of one step -> ({name: scalar} of LOGGED, rows of `records` used).
+    """Computes the gradients of one step -> ({name: scalar} of LOGGED, indices of its records).
 
-    "loc" and "conf" are the two losses, "positives" is per image, "grad_norm" the L2 norm (Figure
-    1), "stop" the share of the ranks that were told to stop. The loss of each micro-batch is
-    divided by its own positives; then micro-batches are averaged, as are ranks (Caffe).
+    `network` is `model` as `wrap` prepared it. "loc" and "conf" are the two losses, "positives" the
+    positives per image, "grad_norm" the L2 norm of the gradient (Figure 1), "stop" the share of the
+    ranks that were told to stop. The loss of each micro-batch is divided by its own positives, then
+    averaged over micro-batches and ranks (as Caffe averages over GPUs).
     """
     device, images, parts = model.priors_cxcywh.device, [], []
     for i in range(args.accumulate):
@@ -246,7 +261,7 @@ def forward_backward(
         images += batch.indices.tolist()
         batch = data.to_device(batch, device)
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
-        # Ranks exchange gradients once per step, behind the last micro-batch.
+        # Ranks exchange gradients once per step, after the last micro-batch.
         waits = dist.is_initialized() and i < args.accumulate - 1
         with network.no_sync() if waits else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -255,11 +270,12 @@ def forward_backward(
                 loc, logits, model.priors_at(inputs.shape[-1]),
                 batch.boxes_xyxy, batch.labels, batch.offsets,
             )  # fmt: skip
-            # Each micro-batch is divided by its own positives, then by how many there are.
+            # The mean over the micro-batches: backward adds to the gradients that are there.
             ((loss_loc + loss_conf) / args.accumulate).backward()
         parts.append(torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach())
     loc, conf, positives = torch.stack(parts).sum(0) / args.accumulate
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # None: frozen
+    # A small image has fewer maps (--sizes): layers that it does not reach have no gradient.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     logged = torch.stack([loc, conf, positives, norm, norm.new_tensor(stopping)])
     if dist.is_initialized():
@@ -269,10 +285,10 @@ def forward_backward(
 
 
 def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> Tensor:
-    """One step of SGD at the learning rate of `step`; clears the gradients. -> whether it counted.
+    """One step of SGD at the learning rate of `step`; clears the gradients. -> whether it counts.
 
-    A step whose loss or gradient is not finite changes nothing. The device decides that by itself
-    (`found_inf` of torch's fused optimizers), so the host need not wait for it.
+    A step whose loss or gradient is not finite changes no weight. The GPU decides that itself
+    (`found_inf` of torch's fused optimizers), so the CPU does not wait for the numbers.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args) * group["lr_factor"]
@@ -287,7 +303,7 @@ def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> T
 
 
 def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple, str]:
-    """Records to train on, records to evaluate, class names, and what --drop-bad left out."""
+    """-> (records to train on, records to evaluate, class names, what --drop-bad left out)."""
     found = sources.Findings(drop=args.drop_bad)
     train, classes = sources.open_data(args, args.train_sets, findings=found)
     test = train
@@ -304,7 +320,7 @@ def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, 
 
 
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=print) -> ScratchDet:
-    """The network of the flags: with the checkpoint's weights, with those of --init, or random."""
+    """The network of the flags, with the checkpoint's weights, those of --init, or random ones."""
     start = checkpoint or (read_checkpoint(args.init) if args.init else {"config": {}})
     names = [field.name for field in fields(Config) if hasattr(args, field.name)]
     flags = {name: getattr(args, name) for name in names} | {"classes": classes}
@@ -323,23 +339,24 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 
 
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
-    """What a step calls: the model shared between ranks, compiled, or in all threads of a CPU."""
+    """The module that a step calls: the model on all threads of a CPU, compiled, or one of the
+    ranks of DistributedDataParallel. Its parameters are the model's."""
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
         return in_threads(model, plan.micro_batch(args, world))
     network = model
-    if world > 1:  # at small sizes the last maps are missing, and their layers have no gradient
-        unused = bool(args.sizes)
+    if world > 1:
+        unused = bool(args.sizes)  # small images do not reach the layers of the last maps
         network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     return torch.compile(network) if args.compile else network
 
 
-def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
-    """The model's results on `test`, with the CPU minutes of all ranks so far."""
+def measure(model: ScratchDet, test: list, args, rank, world, keep: list | None = None) -> dict:
+    """Evaluates the model on `test`: the results, with the CPU minutes of all ranks so far."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
     ranks = {"workers": args.workers, "rank": rank, "world": world}
-    results = evaluation.evaluate(model, test, metric=metric, **ranks)
+    results = evaluation.evaluate(model, test, metric=metric, keep=keep, **ranks)
     seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
     if world > 1:
         dist.all_reduce(seconds)
@@ -347,9 +364,10 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> dict:
 
 
 def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
-    """Mean seconds of a step over the sizes of the run; model and optimizer stay as they were.
+    """Mean seconds of a step over the image sizes of the run, for the plan and for --minutes.
 
-    `stream(size)` gives batches of that size.
+    Runs real steps and afterwards puts model and optimizer back. `stream(size)` gives batches of
+    images of that size.
     """
     sizes, _, ends = stages(args)
     at_least, total = 3 * (args.minutes or 0) / len(sizes), 0.0
@@ -380,11 +398,13 @@ def main(argv: list[str] | None = None) -> dict:
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
     optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
-    for parameter in model.parameters():  # at small sizes not all have a gradient to begin with
+    for parameter in model.parameters():  # also of layers that small images do not reach yet
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    costs = plan.check(model, micro, args)  # what does not fit ends the program here
+    if args.page:
+        page.describe(model)  # a network that the page cannot run is refused now
+    costs = plan.check(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
     about = run_folder.describe(args, model.config, machine.processor(device), world)
     say(f"commit {about['commit']}, torch {about['torch']}, {about['machine']}")
@@ -397,13 +417,13 @@ def main(argv: list[str] | None = None) -> dict:
             train, lambda i: size or progress(i // args.accumulate, args)[1],
             batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
-            keep_difficult=args.data != "coco",  # there it marks crowds (Caffe's ssd_coco.py)
+            keep_difficult=args.data != "coco",  # in COCO it marks crowds (Caffe's ssd_coco.py)
             cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
     first, seconds = checkpoint["step"] if checkpoint else 0, None
     if not checkpoint:
-        # On a CPU an image costs the same in any batch: eight tell how long 128 take.
+        # On a CPU an image costs the same in a batch of any size: time 8 to know 128.
         probe = min(micro, 8) if device.type == "cpu" else micro
         trial = partial(stream, 0, probe)
         seconds = time_a_step(network, model, optimizer, trial, args) * micro / probe
@@ -411,22 +431,25 @@ def main(argv: list[str] | None = None) -> dict:
             args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
 
-    # The loop. Its numbers stay on a GPU for 20 steps, so that nothing waits for them.
+    # The loop. `logged` stays on the GPU: the log fetches it every 20 steps, the only wait for it.
     log = run_folder.RunLog(args, about, first, every=1 if device.type == "cpu" else 20)
     log.skipped, batches = checkpoint["skipped"] if checkpoint else 0, stream(first, micro)
     with StopSignals() as stop:
         for step in range(first, args.iterations):
-            torch.manual_seed(hash((args.seed, step, rank)))  # of dropout and such, if there is any
+            # A resumed run repeats the random numbers of each step (of dropout, if there is any).
+            torch.manual_seed(hash((args.seed, step, rank)))
             statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
             logged, rows = forward_backward(network, model, batches, args, stop.number > 0)
             finite = update(optimizer, step, logged, args)
+            # The forward pass of a bad step has spoiled BatchNorm's running statistics: undo it.
             for buffer, before in zip(model.buffers(), statistics, strict=False):
                 buffer.copy_(buffer.where(finite, before))
             lr, done = learning_rate(step, args), progress(step + 1, args)[0]
             log.write(step, logged, lr, done, [train[i].name for i in rows])
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
-            if saves or (stop.number and world == 1):  # several ranks stop at a common step
+            # Several ranks must stop after the same step: the one at which all fetch "stop".
+            if saves or (stop.number and world == 1):
                 log.flush()
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
                 log.measured(step, lambda: measure(model, test, args, rank, world))
@@ -437,13 +460,18 @@ def main(argv: list[str] | None = None) -> dict:
                 say(f"stopped after {step + 1} steps; the same command with --resume goes on")
                 sys.exit(128 + (stop.number or signal.SIGTERM))
     log.close()
-    batches.close()  # its processes end, and their CPU time counts
+    batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
-    results = measure(model, test, args, rank, world)
+    found: list = []
+    results = measure(model, test, args, rank, world, keep=found)
     if lead:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(evaluation.results_text(results))
+        errors.write(out, test, found, classes, results)
         report.write([out], out / "report.html")
+        if args.page:
+            shown = () if args.data == "shapes" else test[: page.PICTURES]
+            page.write_page(out / "last.pt", out / "page.html", shown)
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
     machine.end_ranks()

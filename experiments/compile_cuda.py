@@ -19,10 +19,8 @@ from pathlib import Path
 
 OPS = Path(__file__).resolve().parents[1] / "ops"
 ARCHITECTURES = ("80", "90")  # A100, H100 and H200
-KERNEL = re.compile(
-    r"\d([a-z]+_kernel)(?:I(\w+?)EEv)?"
-)  # in a mangled name, with template arguments
-TYPES = {"f": "float", "Lb0": "false", "Lb1": "true"}
+KERNEL = re.compile(r"\d([a-z]+_kernel)(?:I(\w+?)E+v)?")  # mangled, with a template argument
+TYPES = {"f": "float", "d": "double", "Lb0": "false", "Lb1": "true"}
 
 
 def kernel_name(mangled):

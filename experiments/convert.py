@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments import baselines, convert_data  # noqa: F401  a detector may have any network
+from plumbing.files import read_classes
+from plumbing.program import run_program
 from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
 
@@ -170,8 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         classes = VOC_CLASSES
         if args.classes:
-            classes = tuple(Path(args.classes).read_text().split("\n"))
-            classes = tuple(name.strip() for name in classes if name.strip())
+            classes = tuple(read_classes(args.classes))
         start = from_detector(args.file, classes)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.save(start, args.out)
@@ -179,7 +180,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

@@ -1,6 +1,6 @@
 """What one core feeds: our input pipeline beside the recipe of ssd.pytorch, on the same images.
 
-    python data.py --bench        (OMP_NUM_THREADS=1 keeps one core's work on one core)
+    python -m experiments.data_bench   (OMP_NUM_THREADS=1 keeps one core's work on one core)
 
 CPU time of this process, not wall time, so that other work on the machine matters little; the
 contestants take turns of eight images, and each has its median over the rounds. The pictures are

@@ -491,13 +491,17 @@ def detections(run: str, side: int = 360, min_score: float = 0.5) -> Image.Image
         scale = side / max(image.size)
         image = image.resize([round(v * scale) for v in image.size], Image.Resampling.LANCZOS)
         pen, font = ImageDraw.Draw(image), letters(side // 19)
-        for i in np.argsort(one.scores)[one.scores[np.argsort(one.scores)] >= min_score]:
-            x0, y0, x1, y1 = (one.boxes_xyxy[i] * scale).tolist()
+        order = np.argsort(one.scores)  # the best comes on top
+        order = order[one.scores[order] >= min_score]
+        for box_xyxy in (one.boxes_xyxy[order] * scale).tolist():
+            pen.rectangle(box_xyxy, outline=ORANGE, width=3)
+        for i in order:
+            x0, y0, _, _ = (one.boxes_xyxy[i] * scale).tolist()
             words = f"{model.config.classes[one.labels[i] - 1]} {one.scores[i]:.2f}"
-            pen.rectangle((x0, y0, x1, y1), outline=ORANGE, width=3)
             x = min(x0, image.width - pen.textlength(words, font=font) - 6)
             y = y0 - side // 16 if y0 > side // 16 else y0
-            pen.rectangle(pen.textbbox((x + 3, y), words, font=font), ORANGE, ORANGE, 6)
+            left, top, right, bottom = pen.textbbox((x + 3, y), words, font=font)
+            pen.rectangle((left - 3, top - 3, right + 3, bottom + 3), ORANGE)
             pen.text((x + 3, y), words, fill="black", font=font)
         sheet.paste(image, ((n % 3) * (side + gap), (n // 3) * (side + gap)))
     return sheet

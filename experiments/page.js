@@ -231,12 +231,13 @@ function postprocess(loc, probabilities, priors,
 // -------------------------------------------------------------------------------------- measuring
 
 /**
- * VOC's average precision of one class. Pictures have `boxes` (xyxy in pixels), `labels`, and
- * `found`, detections {xyxy in pixels, score, label}.
+ * VOC's average precision of one class. Pictures have `boxes` (xyxy in pixels), `labels`,
+ * `difficult`, and `found`, detections {xyxy in pixels, score, label}.
  *
  * Detections of all pictures are visited by score. Each looks at the ground truth that it overlaps
  * most: with IoU above .5 (pixels counted inclusively, as in VOC), and not yet found by a better
- * one, it is right. Returns a row a detection, the number of objects, AP at 11 recalls and as area.
+ * one, it is right. A difficult object is no object, and a detection of it neither right nor wrong.
+ * Returns a row a detection, the number of objects, AP at 11 recalls and as area.
  */
 function averagePrecision(pictures, label, iouThreshold = 0.5) {
   const inclusive = ([x0, y0, x1, y1]) => [x0, y0, x1 + 1, y1 + 1];
@@ -247,14 +248,14 @@ function averagePrecision(pictures, label, iouThreshold = 0.5) {
     const area = (box) => (box[2] - box[0]) * (box[3] - box[1]);
     return inter ? inter / (area(a) + area(b) - inter) : 0;
   };
-  const isLabel = (other) => other === label;
-  const objects = pictures.reduce((n, picture) => n + picture.labels.filter(isLabel).length, 0);
-  const rows = pictures.flatMap((picture, image) =>
+  const objects = pictures.reduce((n, { labels, difficult }) =>
+    n + labels.filter((other, g) => other === label && !difficult[g]).length, 0);
+  const detections = pictures.flatMap((picture, image) =>
     picture.found.filter((d) => d.label === label).map((d) => ({ ...d, image, box: -1 })));
-  rows.sort((a, b) => b.score - a.score);
-  const taken = new Set();
+  detections.sort((a, b) => b.score - a.score);
+  const taken = new Set(), rows = [];
   let right = 0;
-  rows.forEach((row, i) => {
+  for (const row of detections) {
     let best = 0;
     pictures[row.image].boxes.forEach((box, g) => {
       if (pictures[row.image].labels[g] !== label) return;
@@ -262,10 +263,12 @@ function averagePrecision(pictures, label, iouThreshold = 0.5) {
       if (overlap > best) [best, row.box] = [overlap, g];
     });
     const name = `${row.image} ${row.box}`;
+    if (best > iouThreshold && pictures[row.image].difficult[row.box]) continue;
     row.right = best > iouThreshold && !taken.has(name);
     if (row.right) { taken.add(name); right += 1; }
-    [row.recall, row.precision] = [right / objects, right / (i + 1)];
-  });
+    rows.push(row);
+    [row.recall, row.precision] = [right / objects, right / rows.length];
+  }
   // the best precision at this recall or at a larger one
   const bestAt = (recall) => rows.reduce((best, row) =>
     row.recall >= recall ? Math.max(best, row.precision) : best, 0);

@@ -1,7 +1,9 @@
 """A checkpoint -> one HTML page that runs its network in the browser and explains every step.
 
-    python -m experiments.page runs/shapes/last.pt [--images PATH ...] --out page.html
-    python -m experiments.page docs/page.html --out docs/page.html      the same network, new pages
+    python -m experiments.page runs/shapes/last.pt --out page.html       with drawn pictures
+    python -m experiments.page runs/voc/last.pt --images PATH ...        with pictures of yours
+    python -m experiments.page runs/voc/last.pt --voc-root DIR           of a test set, with boxes
+    python -m experiments.page docs/page.html --out docs/page.html       the same, built again
 
 The page is one file: no network, no library, the weights inside. BatchNorm is folded into the
 convolutions (at test time it is a fixed shift and scale), and the weights are stored as float16.
@@ -14,21 +16,28 @@ import base64
 import hashlib
 import io
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
-import scratchdet
+import eval as evaluation
+from detect import find_pictures
+from experiments import baselines  # noqa: F401  their checkpoints can be read, too
+from plumbing.files import Record, decode_pixels, open_image, open_record
+from plumbing.network import count_macs
+from plumbing.pictures import upright
+from plumbing.program import run_program
 from plumbing.shapes import SHAPE_CLASSES, draw_image
-from scratchdet import PRIORS, BasicBlock, Config, ResNet, ScratchDet, count_macs
+from plumbing.sources import add_data_flags, kind_of
+from scratchdet import PRIORS, BasicBlock, Config, Head, ResNet, ScratchDet, load_detector
 
 HERE = Path(__file__).parent
-DRAWN = 24  # pictures of shapes in the page: the first of the test set
+PICTURES = 24  # in the page, at most, of the drawn or of another test set: the first of it
 START = 14  # the one that is shown first: objects of all sizes, of which some overlap
 LONGEST = 640  # side in pixels that a picture in the page is shrunk to
 POLICY = (
@@ -43,7 +52,8 @@ POLICY = (
 @torch.no_grad()
 def fold(model: ScratchDet) -> ScratchDet:
     """The same network without BatchNorm: weight * g / s, bias = b - mean * g / s."""
-    folded = ScratchDet(replace(model.config, bn="none")).eval()
+    config = replace(model.config, bn="none", head_bn_eps=Config.head_bn_eps)
+    folded = ScratchDet(config).eval()
     target = {name: conv for name, conv in folded.named_modules() if isinstance(conv, nn.Conv2d)}
     modules = dict(model.named_modules())
     for name, conv in target.items():
@@ -119,7 +129,7 @@ def describe(model: ScratchDet) -> tuple[dict, np.ndarray]:
     known = type(model.features) is ResNet and all(
         isinstance(block, BasicBlock) for stage in model.features.stages for block in stage
     )
-    if not known or type(model.head) is not scratchdet.Head:
+    if not known or type(model.head) is not Head:
         raise ValueError(
             f"{model.config.backbone}: the page runs the ResNet family with basic blocks, "
             "such as root-resnet18, root-resnet34 or resnet18"
@@ -133,7 +143,8 @@ def describe(model: ScratchDet) -> tuple[dict, np.ndarray]:
     config = folded.config
     about = {
         "config": asdict(config), "steps": steps, "loc": loc, "conf": conf,
-        "priors": PRIORS[config.priors], "parameters": len(half), "macs": count_macs(folded),
+        "priors": PRIORS[config.priors], "parameters": len(half),
+        "macs": count_macs(model, config.size),
     }  # fmt: skip
     return about, half
 
@@ -161,8 +172,7 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
     if Path(path).suffix == ".html":
         model, about = read_page(path)
         return model, about["training"]
-    load = scratchdet.load_detector
-    model, checkpoint = load(path)
+    model, checkpoint = load_detector(path)
     args = checkpoint.get("args") or {}
     training = {key: args.get(key) for key in ("data", "recipe", "seed")}
     training |= {"bn": model.config.bn, "commit": checkpoint.get("commit")}
@@ -172,9 +182,8 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
 # ------------------------------------------------------------------------------ the pictures
 
 
-def picture(image: Image.Image, name: str, boxes=(), labels=()) -> dict:
+def picture(image: Image.Image, name: str, boxes=(), labels=(), difficult=()) -> dict:
     """A picture for the page: a JPEG inside it, and its ground truth in its pixels."""
-    image = ImageOps.exif_transpose(image).convert("RGB")
     width, height = image.size
     image.thumbnail((LONGEST, LONGEST))
     scale = np.array([image.width / width, image.height / height] * 2)
@@ -186,26 +195,28 @@ def picture(image: Image.Image, name: str, boxes=(), labels=()) -> dict:
         "src": "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
         "boxes": boxes.round(2).tolist(),
         "labels": [int(label) for label in labels],
+        "difficult": [bool(one) for one in difficult] or [False] * len(boxes),
     }
 
 
-def drawn_pictures(count: int = DRAWN, seed: int = 0) -> list[dict]:
+def drawn_pictures(count: int = PICTURES, seed: int = 0) -> list[dict]:
     """The first pictures of the drawn test set, which no training has seen."""
     drawn = (draw_image(np.random.default_rng((seed, 1, i))) for i in range(count))
     return [picture(image, f"drawn picture {i + 1}", boxes, labels)
             for i, (image, boxes, labels) in enumerate(drawn)]  # fmt: skip
 
 
-def read_pictures(paths: list[str | Path]) -> list[dict]:
-    """Pictures of files and folders, without ground truth: it can be drawn in the page."""
-    files = [f for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+def read_pictures(images: Sequence[Record | str | Path]) -> list[dict]:
+    """Of records with their ground truth; of files and folders without: the reader can draw it."""
     found = []
-    for file in files:
-        if file.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"):
-            with Image.open(file) as image:
-                found.append(picture(image, file.stem))
-    if not found:
-        raise ValueError(f"{', '.join(map(str, paths))}: no picture there")
+    for one in images:
+        if isinstance(one, Record):
+            image = decode_pixels(open_record(one), one)
+            found.append(
+                picture(image, one.name, one.boxes_xyxy, one.labels, one.difficult.astype(bool))
+            )
+        else:
+            found += [picture(upright(open_image(p)), p.stem) for p in find_pictures([str(one)])]
     return found
 
 
@@ -231,8 +242,10 @@ def make_page(about: dict, weights: bytes) -> str:
     return template
 
 
-def write_page(checkpoint: str | Path, out: str | Path, images: list | None = None) -> None:
-    """The page of a checkpoint (or of a page): `images` are paths, drawn pictures if none."""
+def write_page(
+    checkpoint: str | Path, out: str | Path, images: Sequence[Record | str | Path] = ()
+) -> None:
+    """The page of a checkpoint (or of a page). `images`: records or paths; none: drawn shapes."""
     model, training = load_network(checkpoint)
     network, half = describe(model)
     if images:
@@ -243,8 +256,8 @@ def write_page(checkpoint: str | Path, out: str | Path, images: list | None = No
         pictures = drawn_pictures()
         if model.config.classes != SHAPE_CLASSES:
             for one in pictures:  # nothing in them is of the network's classes
-                one["boxes"], one["labels"] = [], []
-    start = START if len(pictures) == DRAWN else 0
+                one["boxes"], one["labels"], one["difficult"] = [], [], []
+    start = START if pictures[0]["name"].startswith("drawn") else 0
     about = {"network": network, "training": training, "pictures": pictures, "start": start}
     html = make_page(about, half.tobytes())
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -252,19 +265,23 @@ def write_page(checkpoint: str | Path, out: str | Path, images: list | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("checkpoint", help="runs/NAME/last.pt, or a page that this command wrote")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures or folders of them; "
-                        "default: drawn shapes")  # fmt: skip
-    parser.add_argument("--out", default="page.html", help="default page.html")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("checkpoint", help="runs/NAME/last.pt, or a page that this command wrote")
+    add("--images", nargs="+", metavar="PATH", help="pictures, or folders of them")
+    add("--out", default="page.html", help="(default: page.html)")
+    group = parser.add_argument_group("test set of which the page has the first 24 pictures")
+    add_data_flags(group)
+    group.add_argument("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
     args = parser.parse_args(argv)
-    write_page(args.checkpoint, args.out, args.images)
+    images = args.images or []
+    if not images and kind_of(args) != "shapes":
+        model, checkpoint = load_detector(args.checkpoint)
+        records = evaluation.open_test_set(args, checkpoint, model.config.classes)
+        images = [record for record in records if len(record.labels)][:PICTURES]
+    write_page(args.checkpoint, args.out, images)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main)

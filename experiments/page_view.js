@@ -254,15 +254,15 @@ function step({ step: index, size, ms, bytes }) {
 
 // ------------------------------------------------------------------------------ pictures
 
-async function addPicture({ name, src, boxes = [], labels = [] }) {
+async function addPicture({ name, src, boxes, labels, difficult }) {
   const image = new Image();
   image.src = src;
   image.alt = name;
   await image.decode();
   const [width, height] = [image.naturalWidth, image.naturalHeight];
   const unit = boxes.map(([x0, y0, x1, y1]) => [x0 / width, y0 / height, x1 / width, y1 / height]);
-  return keep({ name, image, width, height, truth: boxes.length ? { boxes: unit, labels } : null },
-              image);
+  const truth = boxes.length ? { boxes: unit, labels, difficult } : null;
+  return keep({ name, image, width, height, truth }, image);
 }
 
 function keep(one, image) {
@@ -299,7 +299,7 @@ async function take(source, name) {
 
 async function choose(one) {
   picture = one;
-  one.scene ??= structuredClone(one.truth) ?? { boxes: [], labels: [] };
+  one.scene ??= SCENES.own();
   Object.assign(state, { selected: 0, step: 0, visited: 0, layers: [] });
   for (const other of pictures) other.button.setAttribute("aria-pressed", other === one);
   $("strip").scrollTo({ left: one.button.offsetLeft - $("strip").offsetLeft - 100 });
@@ -653,7 +653,7 @@ function drawMined(loss, mined) {
 
 // ------------------------------------------------------------------------------ how it is measured
 
-const truthOf = (one) => one.truth ?? one.scene ?? { boxes: [], labels: [] };
+const truthOf = (one) => one.truth ?? one.scene ?? { boxes: [], labels: [] }; // or drawn by hand
 const inPixels = (box, { width, height }) =>
   [box[0] * width, box[1] * height, box[2] * width, box[3] * height];
 
@@ -668,7 +668,8 @@ async function measure() {
   if (!some.length)
     return say("map", "No picture here has ground truth. Draw its boxes in step 8: they count.");
   const set = some.map((one) => ({
-    boxes: truthOf(one).boxes.map((box) => inPixels(box, one)), labels: truthOf(one).labels,
+    labels: truthOf(one).labels, difficult: truthOf(one).difficult ?? [],
+    boxes: truthOf(one).boxes.map((box) => inPixels(box, one)),
     found: one.result.detections.map((d) => ({ ...d, xyxy: inPixels(clip(d.xyxy), one) })),
   }));
   state.measured = some;
@@ -710,7 +711,8 @@ draw.map = () => {
     const here = walked.filter((row) => row.image === i);
     const hit = new Set(here.filter((row) => row.right).map((row) => row.box));
     truth.boxes.forEach((box, g) => {
-      if (truth.labels[g] === state.apLabel && !hit.has(g)) pen.box(box, "truth", { halo: false });
+      if (truth.labels[g] === state.apLabel && !truth.difficult?.[g] && !hit.has(g))
+        pen.box(box, "truth", { halo: false });
     });
     for (const row of here) {
       const unit = row.xyxy.map((v, k) => v / (k % 2 ? of.height : of.width));

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import figures
+from plumbing.program import run_program
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("laptop", "gpu", "full")
@@ -177,7 +178,7 @@ TABLES["table2"] = Table(
     ),
     notes="At the laptop scale the network is the quick start's, an eighth as wide, with residual "
     "extra layers. Frames per second of a trained row, on your hardware: `python -m "
-    "experiments.eval_bench CHECKPOINT`; the paper's are those of a Tesla P40.",
+    "experiments.fps CHECKPOINT`; the paper's are those of a Tesla P40.",
 )
 
 # ------------------------------------------------------------------------------ Tables 3 to 5
@@ -816,7 +817,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    run_program(main)

@@ -1,6 +1,6 @@
 """torchvision's SSD300-VGG16 from random weights, on the same images in the same time.
 
-    python experiments/peer_run.py --voc-root DIR --minutes 15 [--out runs/peer] [--resume]
+    python -m experiments.peer_run --voc-root DIR --minutes 15 [--out runs/peer] [--resume]
 
 Its network, priors, loss and post-processing, and the recipe of its references/detection: SGD,
 0.002 for 32 images, momentum 0.9, decay 5e-4, a tenth at 80/120 and at 110/120 of the run. Our

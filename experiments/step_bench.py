@@ -7,6 +7,9 @@ wait for data is the host's, in wall time. On a CPU all parts are CPU seconds of
 threads, so that other work on the machine matters little: "data wait" is then the loading itself
 with --workers 0, and next to nothing with workers, which are other processes.
 
+"backward" is that of the loss as well as the network's: autograd runs them as one. The copy of a
+batch runs beside the step before it (plumbing/prefetch.py); what is left of it is the wait.
+
 FLOP/s count the multiplications and additions of the convolutions, times 3 for forward and
 backward, and stand beside a matrix product of the same type in the same run.
 """

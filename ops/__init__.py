@@ -75,7 +75,7 @@ def _postprocess(loc, logits, priors_cxcywh, score_threshold, top_k, iou_thresho
 # The one op with a gradient, in the logits; its backward is another op, which has none.
 @_op(reference.mined_cross_entropy, autograd=True)
 def _mined(logits, labels, negatives_per_positive):
-    return logits.new_empty(labels.shape)
+    return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
 @_op(reference.mined_cross_entropy_backward, autograd=True)
@@ -172,9 +172,7 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
         if low < 0 or high >= logits.shape[2]:
             classes = f"from 0 to C-1={logits.shape[2] - 1}"
             _fail("mined_cross_entropy", "labels", classes, f"{low} to {high}")
-    return torch.ops.scratchdet.mined_cross_entropy.default(
-        logits.float(), labels, negatives_per_positive
-    )
+    return torch.ops.scratchdet.mined_cross_entropy.default(logits, labels, negatives_per_positive)
 
 
 def nms(

@@ -21,6 +21,7 @@ constexpr int kPixels = kThreads * kEach;
 
 struct Scale {
   float mean[3], std[3];  // of R, G, B
+  bool divides;           // unless all of std are 1
   int r, b;               // where they go: 0 and 2, or 2 and 0
 };
 
@@ -47,21 +48,29 @@ __global__ void __launch_bounds__(kThreads)
   const int t = threadIdx.x, size = height * width, first = blockIdx.y * kPixels;
   const uint8_t* pixels = images + int64_t(blockIdx.x) * 3 * size;
   const int64_t* in = inside + int64_t(blockIdx.x) * 4;
-  const int64_t x0 = in[0], y0 = in[1], x1 = in[2], y1 = in[3];
+  const auto within = [](int64_t x, int most) { return int(max(int64_t(0), min(int64_t(most), x))); };
+  const int x0 = within(in[0], width), y0 = within(in[1], height);
+  const int x1 = within(in[2], width), y1 = within(in[3], height);
   const Jitter j = jitter_of(jitter + int64_t(blockIdx.x) * 5);
   uint8_t byte[kEach][3];
   bool is_inside[kEach];
+  int y = (first + t) / width, x = first + t - y * width;
+  const int down = kThreads / width, right = kThreads % width;  // to the thread's next pixel
   for (int k = 0; k < kEach; ++k) {
-    const int p = first + k * kThreads + t, y = p / width, x = p - y * width;
-    is_inside[k] = p < size && x >= x0 && x < x1 && y >= y0 && y < y1;
+    const int p = first + k * kThreads + t;
+    is_inside[k] = x >= x0 && x < x1 && y >= y0 && y < y1;  // never past the last row
     for (int c = 0; c < 3; ++c) byte[k][c] = is_inside[k] ? pixels[c * int64_t(size) + p] : 0;
+    x += right, y += down;
+    if (x >= width) x -= width, ++y;
   }
   for (int k = 0; k < kEach; ++k) {
-    const Pixel p = apply(j, {float(byte[k][0]), float(byte[k][1]), float(byte[k][2])});
+    Pixel p = apply(j, {float(byte[k][0]), float(byte[k][1]), float(byte[k][2])});
+    p = {p.r - scale.mean[0], p.g - scale.mean[1], p.b - scale.mean[2]};
+    if (scale.divides) p = {p.r / scale.std[0], p.g / scale.std[1], p.b / scale.std[2]};
     T* to = tile + (k * kThreads + t) * 3;
-    to[scale.r] = T(is_inside[k] ? (p.r - scale.mean[0]) / scale.std[0] : 0.0f);
-    to[1] = T(is_inside[k] ? (p.g - scale.mean[1]) / scale.std[1] : 0.0f);
-    to[scale.b] = T(is_inside[k] ? (p.b - scale.mean[2]) / scale.std[2] : 0.0f);
+    to[scale.r] = T(is_inside[k] ? p.r : 0.0f);
+    to[1] = T(is_inside[k] ? p.g : 0.0f);
+    to[scale.b] = T(is_inside[k] ? p.b : 0.0f);
   }
   __syncthreads();
   T* to = out + (int64_t(blockIdx.x) * size + first) * 3;
@@ -87,6 +96,7 @@ Tensor colour(const Tensor& images, const Tensor& inside, const Tensor& jitter,
   const bool bgr = channels == "bgr";
   const Scale scale = {{float(mean[0]), float(mean[1]), float(mean[2])},
                        {float(std[0]), float(std[1]), float(std[2])},
+                       std[0] != 1 || std[1] != 1 || std[2] != 1,
                        bgr ? 2 : 0, bgr ? 0 : 2};
   const auto launch = [&](auto kernel, auto* to) {
     const dim3 grid(n, divide_up(height * width, kPixels));

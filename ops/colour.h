@@ -21,11 +21,35 @@ HOST_DEVICE Jitter jitter_of(const float* row) {
   return {row[1], order == 0.0f ? contrast : 1.0f, row[3], row[4], order > 0.0f ? contrast : 1.0f};
 }
 
-HOST_DEVICE float to_byte(float x) {  // a whole number 0..255; halves go to the even one
-  x = rintf(x);
-  x = x < 0.0f ? 0.0f : x;
-  return x > 255.0f ? 255.0f : x;
+// A GPU has one instruction for each of these two; a CPU's compiler makes one of the comparison, in
+// loops, where it may not for fmaxf.
+HOST_DEVICE float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
 }
+HOST_DEVICE float smaller(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fminf(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// To the nearest whole number, halves to the even one. On a GPU, adding and subtracting 1.5 x 2^23,
+// where floats are whole numbers, does so at eight times the speed: what is too large for that
+// stays too large.
+HOST_DEVICE float nearest(float x) {
+#if defined(__CUDA_ARCH__) || defined(SCRATCHDET_EMULATE)
+  return (x + 12582912.0f) - 12582912.0f;
+#else
+  return rintf(x);
+#endif
+}
+
+HOST_DEVICE float to_byte(float x) { return smaller(larger(nearest(x), 0.0f), 255.0f); }
 
 HOST_DEVICE Pixel brighten(Pixel p, float by) {
   return {to_byte(p.r + by), to_byte(p.g + by), to_byte(p.b + by)};
@@ -35,29 +59,26 @@ HOST_DEVICE Pixel contrast(Pixel p, float by) {
   return {to_byte(p.r * by), to_byte(p.g * by), to_byte(p.b * by)};
 }
 
-HOST_DEVICE float value_of(Pixel p) {
-  const float most = p.r > p.g ? p.r : p.g;
-  return most > p.b ? most : p.b;
-}
+HOST_DEVICE float value_of(Pixel p) { return larger(larger(p.r, p.g), p.b); }
 
 HOST_DEVICE float chroma_of(Pixel p, float value) {
-  const float least = p.r < p.g ? p.r : p.g;
-  return value - (least < p.b ? least : p.b);
+  return value - smaller(smaller(p.r, p.g), p.b);
 }
 
 HOST_DEVICE Pixel saturate(Pixel p, float by) {
-  const float value = value_of(p), chroma = chroma_of(p, value);
-  const float most = value / (chroma < 1.0f ? 1.0f : chroma);  // then S is at its maximum
-  const float factor = most < by ? most : by;
-  return {rintf(value - (value - p.r) * factor), rintf(value - (value - p.g) * factor),
-          rintf(value - (value - p.b) * factor)};
+  const float value = value_of(p);
+  float factor = by;
+  if (by > 1.0f) {  // for all pixels of an image, or for none
+    const float chroma = chroma_of(p, value);
+    const float most = value / larger(chroma, 1.0f);  // >= 1: S is at its maximum then
+    factor = smaller(most, by);
+  }
+  return {nearest(value - (value - p.r) * factor), nearest(value - (value - p.g) * factor),
+          nearest(value - (value - p.b) * factor)};
 }
 
 // One channel of hue h: how far from the lowest to the highest one.
-HOST_DEVICE float share(float x) {
-  x = x < 0.0f ? 0.0f : x;
-  return x > 1.0f ? 1.0f : x;
-}
+HOST_DEVICE float share(float x) { return smaller(larger(x, 0.0f), 1.0f); }
 
 HOST_DEVICE Pixel shift_hue(Pixel p, float by) {
   const float value = value_of(p), chroma = chroma_of(p, value), lowest = value - chroma;
@@ -66,12 +87,12 @@ HOST_DEVICE Pixel shift_hue(Pixel p, float by) {
   float third = is_g ? 2.0f : 4.0f;            // and a loop with branches is not vectorised
   above = is_r ? p.g - p.b : above;
   third = is_r ? 0.0f : third;
-  float h = above / (chroma < 1.0f ? 1.0f : chroma) + third;
+  float h = above / larger(chroma, 1.0f) + third;
   h = h < 0.0f ? h + 6.0f : h;  // sixths of the circle
   h += by / 30.0f;
-  h = h < 0.0f ? 0.0f : h;
+  h = larger(h, 0.0f);
   h = h >= 6.0f ? h - 6.0f : h;
-  return {rintf(share(fabsf(h - 3.0f) - 1.0f) * chroma + lowest),
-          rintf(share(2.0f - fabsf(h - 2.0f)) * chroma + lowest),
-          rintf(share(2.0f - fabsf(h - 4.0f)) * chroma + lowest)};
+  return {nearest(share(fabsf(h - 3.0f) - 1.0f) * chroma + lowest),
+          nearest(share(2.0f - fabsf(h - 2.0f)) * chroma + lowest),
+          nearest(share(2.0f - fabsf(h - 4.0f)) * chroma + lowest)};
 }

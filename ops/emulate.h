@@ -29,7 +29,7 @@
 #define __global__
 #define __device__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -53,6 +53,7 @@ inline dim3 gridDim, blockDim;
 inline thread_local dim3 threadIdx, blockIdx;
 
 inline void __syncthreads() { emulate::block_barrier->arrive_and_wait(); }
+inline void __syncwarp() { (*emulate::warps)[threadIdx.x / 32].barrier.arrive_and_wait(); }
 
 namespace emulate {
 // Every lane of the warp gives a value and gets the slots of all.
@@ -144,6 +145,7 @@ T atomicMax(T* address, T value) {
 
 using std::max;
 using std::min;
+inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
 inline int __ffsll(unsigned long long bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }

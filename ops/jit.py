@@ -59,7 +59,7 @@ def build(name, sources, flags=(), *, emulate=False, load=True):
     sources = [OPS / source for source in sources]
     flags, cuda = list(flags), not emulate and any(s.suffix == ".cu" for s in sources)
     if emulate:
-        flags.append("-DSCRATCHDET_EMULATE")
+        flags += ["-DSCRATCHDET_EMULATE", "-Wno-unknown-pragmas"]
     folder = _root() / _folder_name(name, flags, cuda)
     digest = hashlib.sha256()
     for path in [*sources, *sorted(OPS.rglob("*.h"))]:

@@ -2,13 +2,15 @@
 //
 //            priors 0 .. P-1                 every thread holds kPriors priors in registers and
 //          +----------------+                walks down the image's boxes, which lie in shared
-//   boxes  | IoU never      |  -> max of a   memory kBoxes at a time. Down a column: the prior's
-//   0..G-1 | stored         |     row: warp  best box. Along a row: the box's best prior, by
-//          +----------------+     shuffles   shuffles within a warp and one atomicMax a warp.
-//            max of a column: registers      Both maxima keep the lowest index on ties.
+//   boxes  | IoU never      |  -> max of a   memory. A warp first votes whether any of 32 priors
+//   0..G-1 | stored         |     row: warp  touches the box: of neighbours, mostly none does. Down
+//          +----------------+     shuffles   a column: the prior's best box. Along a row: the box's
+//            max of a column: registers      best prior, by shuffles within a warp and one atomicMax
+//                                            a warp. Both maxima keep the lowest index on ties.
 //
-// Then the greedy step: the best pair first, until no box is free. A box's best prior may have
-// been taken since it was found; only then, when the box's turn comes, does it look again.
+// Then the greedy step, by one warp: the best pair first, until no box is free. A box's best prior
+// may have been taken since it was found; only then, when the box's turn comes, does the whole
+// block look again.
 #include "device.h"
 
 namespace {
@@ -29,48 +31,53 @@ struct Image {  // one image of the batch: what its block works on
   int64_t* matched;   // (P,)
 };
 
+// False only where the IoU is 0.
+__device__ bool may_touch(Box a, Box b) {
+  return (a.x1 < b.x2) & (b.x1 < a.x2) & (a.y1 < b.y2) & (b.y1 < a.y2);
+}
+
 // Fills best_prior, and matched by the threshold alone.
 __device__ void find_best(const Image& image, float threshold) {
   __shared__ Box box[kBoxes];
-  __shared__ Key best_of_box[kBoxes];
   const int t = threadIdx.x;
+  for (int g = t; g < image.num_boxes; g += kThreads) image.best_prior[g] = 0;
   for (int first = 0; first < image.num_priors; first += kThreads * kPriors) {
+    const int own = first + t / 32 * 32 * kPriors + t % 32;  // a warp's priors are neighbours
     Box prior[kPriors];
-    float best_iou[kPriors];
-    int best_box[kPriors];
+    float best_iou[kPriors] = {};  // a prior that touches nothing has an IoU of 0 with box 0
+    int best_box[kPriors] = {};
     for (int k = 0; k < kPriors; ++k) {
-      const int p = first + k * kThreads + t;
+      const int p = own + k * 32;
       prior[k] = p < image.num_priors ? finite_or_empty(image.priors[p]) : Box{0, 0, 0, 0};
-      best_iou[k] = -1, best_box[k] = -1;
     }
     for (int start = 0; start < image.num_boxes; start += kBoxes) {
       const int count = min(kBoxes, image.num_boxes - start);
-      __syncthreads();  // nobody reads the boxes before these any more
-      for (int g = t; g < count; g += kThreads) {
-        box[g] = finite_or_empty(image.boxes[start + g]);
-        best_of_box[g] = 0;
+      if (first == 0 || image.num_boxes > kBoxes) {  // else they are still there
+        __syncthreads();  // nobody reads the boxes before these any more
+        for (int g = t; g < count; g += kThreads) box[g] = finite_or_empty(image.boxes[start + g]);
+        __syncthreads();
       }
-      __syncthreads();
       for (int g = 0; g < count; ++g) {
-        Key mine = 0;
+        const Box one = box[g];
+        bool touches[kPriors], any = false;  // of the whole warp
+        for (int k = 0; k < kPriors; ++k)
+          any |= touches[k] = __any_sync(kFullWarp, may_touch(one, prior[k]));
+        if (!any) continue;
+        float top = kMinBipartiteIou;
+        int who = -1;  // the lowest of equal priors, for p rises with k
         for (int k = 0; k < kPriors; ++k) {
-          const float overlap = iou(box[g], area(box[g]), prior[k], area(prior[k]));
+          if (!touches[k]) continue;
+          const float overlap = iou(one, area(one), prior[k], area(prior[k]));
           if (overlap > best_iou[k]) best_iou[k] = overlap, best_box[k] = start + g;
-          const Key key = pack(overlap, first + k * kThreads + t);
-          if (overlap > kMinBipartiteIou && key > mine) mine = key;
+          if (overlap > top) top = overlap, who = own + k * 32;
         }
-        if (!__any_sync(kFullWarp, mine != 0)) continue;  // most warps are far from the box
-        mine = max_of_warp(mine);
-        if (t % 32 == 0) atomicMax(&best_of_box[g], mine);
+        const Key mine = max_of_warp(who < 0 ? 0 : pack(top, who));
+        if (t % 32 == 0 && mine != 0) atomicMax(&image.best_prior[start + g], mine);
       }
-      __syncthreads();
-      for (int g = t; g < count; g += kThreads)
-        if (first == 0 || best_of_box[g] > image.best_prior[start + g])
-          image.best_prior[start + g] = best_of_box[g];
     }
     for (int k = 0; k < kPriors; ++k) {
-      const int p = first + k * kThreads + t;
-      const bool over = best_box[k] >= 0 && best_iou[k] >= threshold;
+      const int p = own + k * 32;
+      const bool over = image.num_boxes > 0 && best_iou[k] >= threshold;
       if (p < image.num_priors) image.matched[p] = over ? image.first_box + best_box[k] : -1;
     }
   }
@@ -88,37 +95,52 @@ __device__ void look_again(const Image& image, int g, Key* best) {
     if (overlap > kMinBipartiteIou && key > mine) mine = key;
   }
   mine = max_of_warp(mine);
-  if (threadIdx.x % 32 == 0) atomicMax(best, mine);
+  if (threadIdx.x % 32 == 0 && mine != 0) atomicMax(best, mine);
 }
 
-// Best pair first. best_prior[g] never understates the box's best free prior, because priors are
-// only ever taken: so if the largest of them is up to date, it is the best pair of all.
+// By one warp: gives boxes their best prior, best pair first, until every box has one or none that
+// is free overlaps it: -> -1. Or until the next box's prior is taken: -> that box.
+// best_prior[g] never understates the box's best free prior, because priors are only ever taken: so
+// if the largest of them is up to date, it is the best pair of all. A box that has a prior keeps it
+// with an IoU of 0, and so the box needs no more.
+__device__ int assign_until_taken(const Image& image) {
+  const int lane = threadIdx.x;
+  for (;;) {
+    Key best = 0;  // (IoU, ~box)
+    for (int g = lane; g < image.num_boxes; g += 32) {
+      const Key key = image.best_prior[g] >> 32 << 32 | unsigned(~g);
+      best = key > best ? key : best;
+    }
+    best = max_of_warp(best);
+    if (best >> 32 == 0) return -1;
+    const int winner = index_of(best);
+    const Key owned = unsigned(image.best_prior[winner]);  // what a box keeps that has this prior
+    bool is_taken = false;
+    for (int g = lane; g < image.num_boxes; g += 32) is_taken |= image.best_prior[g] == owned;
+    if (__any_sync(kFullWarp, is_taken)) return winner;
+    if (lane == 0) {
+      image.best_prior[winner] = owned;
+      image.matched[index_of(owned)] = kTaken;
+    }
+    __syncwarp();
+  }
+}
+
 __device__ void assign_best_first(const Image& image) {
-  __shared__ Key winner, best;
+  __shared__ int unlucky;
+  __shared__ Key best;
   const int t = threadIdx.x;
   for (;;) {
-    __syncthreads();
-    if (t == 0) winner = best = 0;
-    __syncthreads();
-    Key mine = 0;  // (IoU, ~box)
-    for (int g = t; g < image.num_boxes; g += kThreads) {
-      const Key key = image.best_prior[g] >> 32 << 32 | unsigned(~g);
-      mine = key > mine ? key : mine;
+    __syncthreads();  // best_prior and matched are as the step before left them
+    if (t < 32) {
+      const int box = assign_until_taken(image);
+      if (t == 0) unlucky = box, best = 0;
     }
-    mine = max_of_warp(mine);
-    if (t % 32 == 0) atomicMax(&winner, mine);
     __syncthreads();
-    if (winner >> 32 == 0) break;  // every box has a prior, or none that is free overlaps it
-    const int g = index_of(winner);
-    const Key key = image.best_prior[g];
-    const unsigned p = index_of(key);
-    const bool taken = image.matched[p] == kTaken;
-    if (taken) look_again(image, g, &best);
+    if (unlucky < 0) break;
+    look_again(image, unlucky, &best);
     __syncthreads();
-    if (t == 0) {
-      if (!taken) image.matched[p] = kTaken;
-      image.best_prior[g] = taken ? best : Key(unsigned(key));  // IoU 0: the box needs no more
-    }
+    if (t == 0) image.best_prior[unlucky] = best;
   }
   for (int g = t; g < image.num_boxes; g += kThreads) {
     const Key key = image.best_prior[g];
@@ -126,15 +148,19 @@ __device__ void assign_best_first(const Image& image) {
   }
 }
 
-// grid (N), block = one image; thread t looks after priors t, t + kThreads, ...
+// grid (N), block = one image
 __global__ void __launch_bounds__(kThreads)
     match_kernel(const Box* priors, int num_priors, const Box* boxes, int64_t num_rows,
                  const int64_t* offsets, float threshold, Key* best_prior, int64_t* matched) {
   // Offsets on the GPU cannot be checked before the launch: wrong ones must not leave the rows.
   const int64_t start = max(int64_t(0), min(num_rows, offsets[blockIdx.x]));
   const int64_t end = max(start, min(num_rows, offsets[blockIdx.x + 1]));
-  const Image image = {priors, num_priors, boxes + start, int(end - start), start,
-                       best_prior + start, matched + int64_t(blockIdx.x) * num_priors};
+  // Few boxes, as nearly always: what is asked of them again and again lies in shared memory.
+  __shared__ Key few[kBoxes];
+  const int num_boxes = int(end - start);
+  const Image image = {priors, num_priors, boxes + start, num_boxes, start,
+                       num_boxes <= kBoxes ? few : best_prior + start,
+                       matched + int64_t(blockIdx.x) * num_priors};
   find_best(image, threshold);
   assign_best_first(image);
 }

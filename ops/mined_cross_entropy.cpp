@@ -69,9 +69,13 @@ uint64_t border_of(const float* cross_entropy, const int64_t* labels, int64_t p,
   return keys[wanted - 1];
 }
 
+Tensor floats(const Tensor& x) {
+  return torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+}
+
 Tensor mined_cross_entropy_cpu(const Tensor& logits, const Tensor& labels,
                                int64_t negatives_per_positive) {
-  const Tensor x = torch::stable::contiguous(logits), y = torch::stable::contiguous(labels);
+  const Tensor x = floats(logits), y = torch::stable::contiguous(labels);
   const int64_t n = x.size(0), p = x.size(1), c = x.size(2);
   STD_TORCH_CHECK(y.numel() == n * p && c > 0 && p < (1LL << 31),
                   "mined_cross_entropy: logits (N,P,C) and labels (N,P) of one N and P");
@@ -99,7 +103,7 @@ Tensor mined_cross_entropy_cpu(const Tensor& logits, const Tensor& labels,
 
 Tensor backward_cpu(const Tensor& gradient, const Tensor& logits, const Tensor& labels,
                     const Tensor& cross_entropy) {
-  const Tensor g = torch::stable::contiguous(gradient), x = torch::stable::contiguous(logits);
+  const Tensor g = torch::stable::contiguous(gradient), x = floats(logits);
   const Tensor y = torch::stable::contiguous(labels), ce = torch::stable::contiguous(cross_entropy);
   const int64_t rows = y.numel(), c = x.size(2);
   STD_TORCH_CHECK(g.numel() == rows && ce.numel() == rows && x.numel() == rows * c,
@@ -121,7 +125,7 @@ Tensor backward_cpu(const Tensor& gradient, const Tensor& logits, const Tensor& 
         out[i * c + k] = outer[i] * (out[i * c + k] / sum - (k == label[i]));
     }
   });
-  return result;
+  return torch::stable::to(result, logits.scalar_type());
 }
 
 }  // namespace

@@ -29,9 +29,16 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < 64; ++c)
       if (w * 64 + c >= count || was_gone[w * 64 + c]) gone[w] |= Key(1) << c;
   }
+  // A thread's row of the diagonal tile of a chunk: fetched a chunk ahead, for it waits for nobody.
+  const auto row_of_tile = [&](int chunk) {
+    const int i = chunk * 64 + t;
+    return t < 64 && i < count ? mask[int64_t(i) * kWords + chunk] : Key(0);
+  };
+  Key next = row_of_tile(0);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     const int first = chunk * 64;
-    if (t < 64) tile[t] = first + t < count ? mask[int64_t(first + t) * kWords + chunk] : 0;
+    if (t < 64) tile[t] = next;
+    next = row_of_tile(chunk + 1);
     __syncthreads();
     if (t == 0) {
       Key alive = ~gone[chunk];
@@ -46,8 +53,12 @@ __global__ void __launch_bounds__(kThreads)
     if (t < 64 && first + t < count) keep[index[first + t]] = survivors >> t & 1;
     for (int w = chunk + 1 + t % 64; w < chunks; w += 64) {
       Key suppressed = 0;
-      for (int c = t / 64; c < 64; c += kThreads / 64)
+      constexpr int kParts = kThreads / 64;
+#pragma unroll 16
+      for (int k = 0; k < 64 / kParts; ++k) {  // all loads on their way at once
+        const int c = k * kParts + t / 64;
         if (survivors >> c & 1) suppressed |= mask[int64_t(first + c) * kWords + w];
+      }
       atomicOr(&gone[w], suppressed);
     }
   }
@@ -74,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for (Key left = is_gone ? 0 : kept[chunk]; left != 0 && !is_gone; left &= left - 1) {
       const int c = __ffsll(left) - 1;
-      is_gone = group[c] == my_group && iou(box[c], area(box[c]), mine, area(mine)) > threshold;
+      is_gone = exceeds(box[c], mine, threshold) && group[c] == my_group;
     }
   }
   if (i < count) gone[i] = is_gone;

@@ -8,47 +8,36 @@
 //
 // A key is the score's bits + 1: scores are >= 0, where bits rise with the number, and 0 is left to
 // say "no candidate". Only the boxes that were selected are ever decoded.
+#include "rows.h"
 #include "select.h"
 
 namespace {
 
 constexpr int kThreads = threads(256, 64);  // of the class and the merge kernel
-constexpr int kRows = threads(128, 64);     // priors a block of the score kernel
-constexpr int kColumns = 92;                // classes in shared memory at a time: 47 KB at most
+constexpr int kRows = threads(128, 64);     // priors of a block of the score kernel, at most
 constexpr int kInShared = 1024;             // candidates a block can hold in shared memory
 
-// grid (N, ceil(P / kRows)), thread = one prior. The block's logits pass through shared memory, so
-// that reading is coalesced along classes and writing along priors; an odd pitch keeps the 32
-// threads of a warp, each in its own row, on 32 different banks.
+// grid (N, ceil(P / rows)), thread = one prior. The block's logits pass through shared memory, so
+// that reading is coalesced along classes and writing along priors.
+template <typename T>
 __global__ void __launch_bounds__(kRows)
-    score_kernel(const void* logits, ScalarType type, int num_priors, int num_classes,
-                 float threshold, unsigned* keys) {
+    score_kernel(const T* logits, int num_priors, int num_classes, int rows, float threshold,
+                 unsigned* keys) {
   DYNAMIC_SHARED(float, tile);
-  const int t = threadIdx.x, first = blockIdx.y * kRows, rows = min(kRows, num_priors - first);
-  const int pitch = min(kColumns, num_classes) | 1;
+  const int t = threadIdx.x, first = blockIdx.y * rows, here = min(rows, num_priors - first);
   const int64_t first_row = int64_t(blockIdx.x) * num_priors + first;
+  load_rows<kRows>(logits + first_row * num_classes, here * num_classes, num_classes, tile);
+  if (t >= here) return;
+  float* row = tile + t * (num_classes | 1);
   float best = -INFINITY, sum = 0;
-  enum { kMax, kSum, kWrite };
-  for (int step = kMax; step <= kWrite; ++step) {
-    for (int start = 0; start < num_classes; start += kColumns) {
-      const int columns = min(kColumns, num_classes - start);
-      if (step == kMax || num_classes > kColumns) {  // else the tile still holds every class
-        __syncthreads();                             // nobody reads the tile before this any more
-        for (int row = t / 32; row < rows; row += kRows / 32)
-          for (int c = t % 32; c < columns; c += 32)
-            tile[row * pitch + c] = load(logits, (first_row + row) * num_classes + start + c, type);
-        __syncthreads();
-      }
-      for (int c = 0; t < rows && c < columns; ++c) {
-        const float logit = tile[t * pitch + c];
-        if (step == kMax) best = logit > best ? logit : best;
-        if (step == kSum) sum += expf(logit - best);
-        if (step != kWrite || start + c == 0) continue;  // class 0 is background
-        const float score = expf(logit - best) / sum;    // NaN where a logit is NaN or infinite
-        const int64_t row = int64_t(blockIdx.x) * (num_classes - 1) + start + c - 1;
-        keys[row * num_priors + first + t] = score > threshold ? __float_as_uint(score) + 1 : 0;
-      }
-    }
+  for (int c = 0; c < num_classes; ++c) best = fmaxf(best, row[c]);  // passes over a NaN
+  for (int c = 0; c < num_classes; ++c) sum += row[c] = expf(row[c] - best);
+  keys += int64_t(blockIdx.x) * (num_classes - 1) * num_priors + first + t;
+  for (int c = 1; c < num_classes; ++c, keys += num_priors) {  // class 0 is background
+    // The sum is at least 1, so the score is at most row[c]: where that does not pass, no division
+    // is needed. NaN, of a NaN or an infinite logit, passes nowhere.
+    const float score = row[c] > threshold ? row[c] / sum : 0;
+    *keys = score > threshold ? __float_as_uint(score) + 1 : 0;
   }
 }
 
@@ -61,17 +50,18 @@ __device__ int select_sorted(const unsigned* keys, int count, int wanted, Key* u
   __shared__ int found;
   const int t = threadIdx.x;
   if (t == 0) found = 0;
-  const Key least = select(keys, count, wanted);
-  for (int i = t; i < count; i += kThreads) {
-    const Key key = with_index(keys, i);
+  const Key least = select<kThreads>(keys, count, wanted);
+  visit_keys<kThreads>(keys, count, [&](Key key) {
     if (key >= least) unsorted[atomicAdd(&found, 1)] = key;
-  }
+  });
   __syncthreads();
   const int size = found;
   for (int i = t; i < size; i += kThreads) {
-    int place = 0;
-    for (int j = 0; j < size; ++j) place += unsorted[j] > unsorted[i];
-    best[place] = unsorted[i];
+    const Key mine = unsorted[i];
+    int even = 0, odd = 0;  // two counters: an addition need not wait for the one before
+    for (int j = 0; j + 1 < size; j += 2) even += unsorted[j] > mine, odd += unsorted[j + 1] > mine;
+    if (size % 2 == 1) even += unsorted[size - 1] > mine;
+    best[even + odd] = mine;
   }
   __syncthreads();
   return size;
@@ -96,12 +86,11 @@ __device__ int suppress(const Box* boxes, const Key* keys, int count, float thre
       const Box mine = boxes[first + c];
       bool is_gone = keys[first + c] == 0;
       for (int k = t / 64; k < total && !is_gone; k += kThreads / 64)
-        is_gone = iou(boxes[kept[k]], area(boxes[kept[k]]), mine, area(mine)) > threshold;
+        is_gone = exceeds(boxes[kept[k]], mine, threshold);
       if (is_gone) atomicOr(&gone, Key(1) << c);
       Key row = 0;
       for (int j = c + 1 + t / 64; j < chunk; j += kThreads / 64) {
-        const Box other = boxes[first + j];
-        if (iou(mine, area(mine), other, area(other)) > threshold) row |= Key(1) << j;
+        if (exceeds(mine, boxes[first + j], threshold)) row |= Key(1) << j;
       }
       if (row != 0) atomicOr(&rows[c], row);
     }
@@ -152,7 +141,7 @@ __device__ Box decoded(const Problem& problem, int image, int prior) {
 // grid (N * (C - 1)), block = one class of one image. Its lists lie in shared memory, or for a
 // top_k beyond kInShared in `memory`: slower, but there is no limit.
 template <bool in_shared>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)  // 640 blocks of a batch of 32: 4.8 on each of 132
     class_kernel(Problem problem, const unsigned* keys, char* memory, unsigned* kept_keys,
                  int* kept_priors) {
   DYNAMIC_SHARED(char, shared);
@@ -236,9 +225,12 @@ Detections postprocess(const Tensor& loc, const Tensor& logits, const Tensor& pr
   unsigned* kept_key = reinterpret_cast<unsigned*>(kept_keys.mutable_data_ptr<int>());
   int* kept_prior = kept_priors.mutable_data_ptr<int>();
   if (p > 0 && c > 1) {
-    const int64_t tile_bytes = kRows * (min(int64_t(kColumns), c) | 1) * sizeof(float);
-    LAUNCH(score_kernel, dim3(n, divide_up(p, kRows)), kRows, tile_bytes, device.stream)(
-        z.const_data_ptr(), floating(z), int(p), int(c), float(score_threshold), key);
+    const int64_t rows = rows_of_a_block(kRows, c, "postprocess"), blocks = divide_up(p, rows);
+    STD_TORCH_CHECK(blocks < 65536, "postprocess: too many priors: ", p);  // the grid's y
+    with_type(z, "postprocess", [&]<typename T>(const T* logit) {
+      LAUNCH(score_kernel<T>, dim3(n, blocks), kRows, rows * (c | 1) * sizeof(float),
+             device.stream)(logit, int(p), int(c), int(rows), float(score_threshold), key);
+    });
     CHECK_LAUNCH();
   }
   // A block's lists lie in its shared memory, or where they are too long in a work space.

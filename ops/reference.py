@@ -43,7 +43,7 @@ def pairwise_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 
 
 def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """Offsets (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
+    """Box codes (..., P, 4) on priors (P, 4) cxcywh -> boxes (..., P, 4) xyxy (Caffe DecodeBBox).
 
     Not clipped to the image: SSD suppresses unclipped boxes.
     """
@@ -199,7 +199,7 @@ def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
 
 
 def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
-    """Cross-entropy where it counts, else 0: (N,P,C) float32, (N,P) int64 -> (N,P) (SSD eq. 3).
+    """Cross-entropy where it counts, else 0: (N,P,C), (N,P) int64 -> (N,P) float32 (SSD eq. 3).
 
     It counts for the positive priors (label > 0) and, in each image, for the negatives of the
     highest -log p(background), so many for each positive of the same image; ties at the border go
@@ -207,6 +207,7 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
     infinity and no NaN.
     """
     positive = labels > 0
+    logits = logits.float()
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     cross_entropy = cross_entropy.view_as(labels).abs()  # (N, P); abs: of -0.
     finite = cross_entropy.isfinite()
@@ -218,14 +219,14 @@ def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: 
 def mined_cross_entropy_backward(
     gradient: Tensor, logits: Tensor, labels: Tensor, cross_entropy: Tensor
 ) -> Tensor:
-    """Gradients (N,P) of mined_cross_entropy's result (N,P) -> those of its logits (N,P,C).
+    """Gradients (N,P) of mined_cross_entropy's result (N,P) -> its logits' (N,P,C), of their type.
 
     softmax - one-hot, where the result is not 0. (A cross-entropy that counts may round to 0. Then
     all that is lost is less than 6e-8.)
     """
     one_hot = F.one_hot(labels, logits.shape[2])
-    row = gradient[..., None] * (logits.softmax(dim=2) - one_hot)  # (N, P, C)
-    return torch.where(cross_entropy[..., None] != 0, row, 0.0)
+    row = gradient[..., None] * (logits.float().softmax(dim=2) - one_hot)  # (N, P, C)
+    return torch.where(cross_entropy[..., None] != 0, row, 0.0).to(logits.dtype)
 
 
 # ------------------------------------------------------------------------------ detection

@@ -10,26 +10,43 @@ inline __device__ Key with_index(const unsigned* keys, int i) {
   return keys[i] == 0 ? 0 : Key(keys[i]) << 32 | unsigned(~i);
 }
 
+// Calls visit(key) for the keys of this thread, t, t + kBlock, ...: all but the zeros. Eight loads
+// are on their way before the first one is looked at, for each takes as long as a hundred
+// instructions.
+template <int kBlock, class Visit>
+__device__ void visit_keys(const unsigned* __restrict__ keys, int count, Visit visit) {
+  constexpr int kAhead = 8;
+  for (int first = threadIdx.x; first < count; first += kAhead * kBlock) {
+    unsigned some[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      some[k] = first + k * kBlock < count ? keys[first + k * kBlock] : 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (some[k] != 0) visit(Key(some[k]) << 32 | unsigned(~(first + k * kBlock)));
+  }
+}
+
 // Radix selection: the `wanted`-th largest of with_index(keys, 0..count), or 1 if there are fewer.
 // Eight bits a round, from the top: count how often each digit follows the digits found so far,
 // and go down from the largest digit until `wanted` keys are passed.
-inline __device__ Key select(const unsigned* __restrict__ keys, int count, int wanted) {
+template <int kBlock>
+__device__ Key select(const unsigned* __restrict__ keys, int count, int wanted) {
   __shared__ int bins[256], digit, still_wanted, in_bin;
   const int t = threadIdx.x;
   Key found = 0;  // the upper digits of the key that is looked for
   for (int shift = 56;; shift -= 8) {
-    for (int b = t; b < 256; b += blockDim.x) bins[b] = 0;
+    for (int b = t; b < 256; b += kBlock) bins[b] = 0;
     if (t == 0) digit = -1;
     __syncthreads();
     int last = 0, run = 0;  // equal digits come in runs: one atomic a run spares the bin a queue
-    for (int i = t; i < count; i += blockDim.x) {
-      const Key key = with_index(keys, i);
-      if (key == 0 || (shift < 56 && key >> shift >> 8 != found)) continue;
+    visit_keys<kBlock>(keys, count, [&](Key key) {
+      if (shift < 56 && key >> shift >> 8 != found) return;
       const int d = key >> shift & 255;
       if (d != last && run > 0) atomicAdd(&bins[last], run);
       run = d == last ? run + 1 : 1;
       last = d;
-    }
+    });
     if (run > 0) atomicAdd(&bins[last], run);
     __syncthreads();
     if (t < 32) {  // lane l adds up bins 8 l .. 8 l + 7, then those of the lanes above it

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(64)
   const int64_t my_group = groups[row];
   Key word = 0;
   for (int c = blockIdx.x == blockIdx.y ? t + 1 : 0; c < columns; ++c)
-    if (group[c] == my_group && iou(mine, area(mine), box[c], area(box[c])) > threshold)
+    if (exceeds(mine, box[c], threshold) && group[c] == my_group)
       word |= Key(1) << c;
   mask[int64_t(row) * pitch + blockIdx.x] = word;
 }

@@ -1,5 +1,5 @@
-"""What protects and serves a run: files, caches, processes, checkpoints, pictures.
+"""All that a run needs besides the method: file readers, cache, processes, checkpoints, pictures.
 
-No module here imports a lesson file (scratchdet, data, train, eval, metrics, detect), so the paper
-can be read without opening this folder.
+You can understand the paper without opening this folder. No module here imports a lesson file
+(scratchdet, data, train, eval, metrics, detect).
 """

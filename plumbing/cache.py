@@ -28,7 +28,7 @@ def cache_starts(records: list[Record]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def memory_map(path: Path) -> np.ndarray:
-    """The bytes of a file, read from the disk where they are touched."""
+    """The bytes of a file. The system reads each page from the disk when it is first used."""
     return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
@@ -46,9 +46,10 @@ def file_lock(path: Path) -> Iterator[None]:
 def build_cache(records: list[Record], folder: str | Path) -> Path:
     """Decodes all images into one file, once, for all processes; -> its path.
 
-    The file's name is a hash of the list of images. Its last 32 bytes are a hash of their sizes and
-    times, so that changed images rebuild it. It appears by a rename, so it is whole or not there.
-    All workers and ranks of a machine read it through a memory map and share one copy in memory.
+    The file's name is a hash of the list of images. Its last 32 bytes are a hash of file sizes
+    and times: when an image changes, the cache is built again. The file is renamed into place when
+    it is complete, so nobody can read half of it. All workers and ranks of a machine read it
+    through a memory map and share one copy in memory.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,13 +71,13 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
             file.seek(total)
             return file.read() == stamp.digest()
 
-    if is_fresh():  # reading it needs no right to write
+    if is_fresh():  # without the lock: a cache may lie in a folder that is read-only
         return path
     part = path.with_suffix(".part")
     with file_lock(folder / f"{path.stem}.lock"):  # other ranks wait here for the one that builds
         if is_fresh():
             return path
-        part.unlink(missing_ok=True)  # a killed process left it: free its space
+        part.unlink(missing_ok=True)  # of a process that was killed: free its space
         free = free_space(folder)
         if free < total + (64 << 20):
             raise ValueError(

@@ -16,14 +16,18 @@ from plumbing.files import (
 )
 from plumbing.program import Progress
 
-LIST = 20  # notes of one kind that are listed; of what is refused or corrected, all
+LIST = 20  # print at most so many notes of one kind, but everything that is refused or corrected
 
 
 def check(
     sources: dict[str, Callable[[], tuple]], found: Findings, workers: int | None = None
 ) -> int:
-    """`sources`: {set: reads it, -> (records, class names)} -> the exit status: 1 where training
-    would refuse or correct something. `found` collects."""
+    """Reads and decodes all sets and prints what is wrong -> the exit status: 1 if training would
+    refuse or correct something, else 0.
+
+    `sources`: {name of a set: function that reads it and returns (records, class names)}. The
+    readers report to `found`, which must collect.
+    """
     records: dict[Path, Record] = {}
     names: dict[str, list[str]] = {}
     for name, read in sources.items():
@@ -63,7 +67,7 @@ def check(
 def decode_all(
     records: list[Record], found: Findings, workers: int | None = None
 ) -> list[BadData | None]:
-    """Decodes every image, as training will: -> of each record what is wrong with it, or None."""
+    """Decodes every image, as training will -> for each record its error, or None."""
 
     def fault(record: Record) -> BadData | None:
         try:
@@ -88,6 +92,6 @@ def decode_all(
 
 
 def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
-    """The records whose image can be decoded; `found` lists the others (--drop-bad)."""
+    """For --drop-bad: the records whose image can be decoded; `found` lists the others."""
     faults = decode_all(records, found)
     return [record for record, error in zip(records, faults, strict=True) if error is None]

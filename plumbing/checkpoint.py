@@ -8,14 +8,15 @@ from torch import nn
 
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """A checkpoint of train.py or experiments.convert, with its tensors on `device`.
+    """Reads a checkpoint of train.py or experiments.convert, with its tensors on `device`.
 
-    Only tensors and plain data are read, so a checkpoint cannot run code. Its checksums are
-    verified, which torch.load does not do. ValueError says what is wrong and what to try.
+    Only tensors and plain data are read, so a checkpoint cannot run code. The checksums of the file
+    are verified, which torch.load does not do. ValueError says what is wrong and what to try.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            # torch stores plain files. A zip bomb packs them; a flipped bit can make one a folder
+            # torch does not compress. Compressed entries could be a zip bomb; entries with other
+            # attributes come from a flipped bit, which can turn a file into a folder.
             odd = [e.filename for e in file.infolist() if e.compress_type or e.external_attr]
             bad = odd[0] if odd else file.testzip()
             if bad:
@@ -26,7 +27,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             raise ValueError("it has no 'config' and 'model'")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
-    except Exception as e:  # whatever torch raises on bytes from anywhere
+    except Exception as e:  # torch raises many kinds of errors on damaged files
         why = " ".join(str(e).split())[:150] or type(e).__name__
         raise ValueError(
             f"{path}: not a checkpoint of train.py, or damaged ({why}). Expected a file such as "
@@ -36,9 +37,10 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
 
 def take_weights(model: nn.Module, start: dict, name: str | Path) -> str:
-    """Copies what fits from the start checkpoint `name` into the network; -> what to say about it.
+    """Copies all weights that fit from the checkpoint `start` into the model -> one line about it.
 
-    The scores of other classes do not fit; what has no counterpart stays random.
+    Weights fit if name and shape agree; for other classes the layers of the class scores do not
+    fit. All others stay random. `name` is the checkpoint's file, for messages.
     """
     own, saved = model.state_dict(), start.get("ema") or start["model"]
     detects = tuple(start["config"].get("classes", model.config.classes))

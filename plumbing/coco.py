@@ -1,4 +1,4 @@
-"""COCO: one JSON file per set, with its images, annotations and categories.
+"""Reads COCO: one JSON file per set, with its images, annotations and categories.
 
 annotations/instances_train2017.json + train2017/     COCO itself
 annotations/instances_default.json + images/          CVAT: the set is `default`
@@ -43,7 +43,7 @@ from plumbing.files import (
     whole,
 )
 
-OTHERS = {  # a key of a JSON file that is not COCO's: who writes it, and what to do
+OTHERS = {  # a key that other tools' JSON files have: whose it is, and what the user can do
     "shapes": "labelme's: convert it with labelme2coco",
     "_via_img_metadata": "a project of VIA: export the annotations as COCO",
     "_via_settings": "a project of VIA: export the annotations as COCO",
@@ -56,7 +56,7 @@ OTHERS = {  # a key of a JSON file that is not COCO's: who writes it, and what t
 
 
 class Entry(NamedTuple):
-    """One annotation of the file."""
+    """One annotation, as the file has it."""
 
     where: str
     image_id: int
@@ -73,16 +73,16 @@ class Listing(NamedTuple):
     categories: list[tuple[int, str, str]]  # id, name, supercategory; by id
     images: list[tuple]  # id, file name, width, height
     entries: list[Entry]
-    image_ids: set[int] | None  # also of images that are refused; None: some cannot be read
+    image_ids: set[int] | None  # including images that are refused; None if some have no id
     category_ids: set[int] | None
-    total: int  # images, also those that are refused
+    total: int  # images, including those that are refused
 
 
 # ------------------------------------------------------------------------------ where things are
 
 
 def listings(root: str | Path) -> dict[str, Path]:
-    """{set: its JSON file} of all that are there, by the layouts above."""
+    """All sets of a folder, in any of the layouts above: {set: its JSON file}."""
     root = Path(root)
     if not root.is_dir():
         return {}
@@ -97,8 +97,8 @@ def listings(root: str | Path) -> dict[str, Path]:
 
 
 def seems_coco(path: Path) -> bool:
-    """Whether a JSON file may be a listing, by its name or its beginning: a folder may hold one
-    JSON per image, of other tools."""
+    """Whether a JSON file may list a set, by its name or its first bytes: other tools write one
+    JSON file per image, which must not be mistaken for sets."""
     if path.name[0] == "." or not path.is_file():
         return False
     if path.name.startswith(("instances", "_annotations.coco")):
@@ -109,7 +109,7 @@ def seems_coco(path: Path) -> bool:
 
 
 def others_format(root: Path) -> str:
-    """Who wrote the JSON files of a folder that are not COCO's, and what to do; or ""."""
+    """For an error message: whose JSON files are in a folder and what the user can do, or ""."""
     for path in (*sorted(root.glob("*.json"))[:1], *sorted(root.glob("*/*.json"))[:3]):
         try:
             if path.stat().st_size < 64 << 20 and (who := whose(json.loads(read_bytes(path)))):
@@ -120,20 +120,20 @@ def others_format(root: Path) -> str:
 
 
 def whose(data: object) -> str:
-    """Of what is in a JSON file: whose format it is, if it is known."""
+    """Whose format the content of a JSON file is, or "" if it is not known."""
     data = data[0] if isinstance(data, list) and data else data
     return next((who for key, who in OTHERS.items() if isinstance(data, dict) and key in data), "")
 
 
 def list_sets(root: str | Path) -> list[str]:
-    """The sets below `root`; where there are files as COCO names them, those alone."""
+    """The sets below `root`. If some files are named as COCO names them, only those."""
     there = listings(root)
     own = [name for name, path in there.items() if path.stem == f"instances_{name}"]
     return own or [name for name in there if not name.startswith(("captions_", "image_info_"))]
 
 
 def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[Path, list[Path]]:
-    """The JSON file of a set, and the folders that may have its images; those of test-dev2017 are
+    """The JSON file of a set, and the folders that may hold its images. Those of test-dev2017 are
     in test2017/."""
     root = Path(root)
     if not stays_inside(split or "/"):
@@ -160,7 +160,7 @@ def find_listing(root: str | Path, split: str, annotated: bool = True) -> tuple[
 
 
 def find_pictures(images: list[tuple], folders: list[Path], listing: Path) -> dict[str, Path]:
-    """{file name: path} of the images of a listing, in the folder that has the most of them."""
+    """The images of a listing in the folder that has most of them: {file name: path}."""
     best: dict[str, Path] = {}
     for folder in folders:
         index = index_files(folder, SUFFIXES)
@@ -193,7 +193,7 @@ def find_pictures(images: list[tuple], folders: list[Path], listing: Path) -> di
 
 
 def read_listing(path: Path, found: Findings) -> Listing:
-    """The entries of one JSON file; one that lacks something is refused by its place."""
+    """The entries of one JSON file. An entry that lacks something is refused, with its position."""
 
     def refuse_constant(name):
         raise ValueError(f"{name} is no JSON number")
@@ -226,7 +226,8 @@ def read_listing(path: Path, found: Findings) -> Listing:
         return good
 
     def ids(kind: str) -> set[int] | None:
-        """Of all entries, also of those that are refused, so that what refers to them is not."""
+        """The ids of all entries, including refused ones: what refers to those is not a new
+        error."""
         try:
             return {whole(entry["id"]) for entry in data[kind]}
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -257,7 +258,7 @@ def read_listing(path: Path, found: Findings) -> Listing:
 
 
 def box_of(annotation: dict) -> object:
-    """Its bbox, or where there is none that of its polygons: a list, which says so."""
+    """The bbox of an annotation, or if it has none, the box around its polygons."""
     if annotation.get("bbox"):
         return annotation["bbox"]
     polygons = annotation.get("segmentation")
@@ -271,11 +272,12 @@ def box_of(annotation: dict) -> object:
 
 
 class FromPolygons(list):
-    """A bbox that the file does not have."""
+    """A bbox that was computed from polygons, because the file does not have it."""
 
 
 def size_of(width: object, height: object, path: Path, where: str, found: Findings) -> tuple:
-    """The size of an image: the file's, or its own where that has none or one with fractions."""
+    """The size of an image as the JSON file says; if that is missing or has fractions, the
+    image's."""
     missing = width in (None, 0) and height in (None, 0)
     sides = number(width), number(height)
     if missing or any(side > 0 and side % 1 for side in sides):
@@ -288,7 +290,8 @@ def size_of(width: object, height: object, path: Path, where: str, found: Findin
 
 
 def classes_of(listing: Listing, used: Counter, found: Findings) -> dict[int, str]:
-    """{category id: name} of the classes, by id: without categories that only group others."""
+    """The classes, ordered by id: {category id: name}. Categories that only group others are left
+    out."""
     left = list(listing.categories)
     for category in listing.categories:
         number_, name, above = category
@@ -318,7 +321,7 @@ def classes_of(listing: Listing, used: Counter, found: Findings) -> dict[int, st
 def to_records(
     listing: Listing, folders: list[Path], part: str, labels: dict[int, int], found: Findings
 ) -> list[Record]:
-    """The records of one file; `labels` of its category ids."""
+    """The records of one file; `labels`: {category id: label}."""
     path = listing.path
     for what, keys in (
         ("image id", [image[0] for image in listing.images]),
@@ -336,7 +339,7 @@ def to_records(
         where = f"{path} image {image_id}"
         try:
             if image_id in images or name in names:
-                continue  # said above
+                continue  # reported above
             if stem_of(name) not in chosen:
                 continue
             names.add(name)
@@ -364,9 +367,9 @@ def to_records(
 def boxes_of(
     listing: Listing, images: dict[int, tuple], labels: dict[int, int], found: Findings
 ) -> dict[int, list[tuple]]:
-    """{image id: [(x0, y0, x1, y1, label, crowd, area), ...]}."""
+    """The objects of each image: {image id: [(x0, y0, x1, y1, label, crowd, area), ...]}."""
     objects: dict[int, list[tuple]] = {image_id: [] for image_id in images}
-    lost: dict[str, list[str]] = {}  # one cause, many boxes
+    lost: dict[str, list[str]] = {}  # what -> places: many boxes may have the same fault
     derived: Counter = Counter()
     checked: set[int] = set()  # images whose size was compared with the file's
     for where, image_id, category, bbox, crowd, given in listing.entries:
@@ -379,7 +382,7 @@ def boxes_of(
         elif listing.category_ids is not None and category not in listing.category_ids:
             lost.setdefault(f"no category {category} in the file", []).append(where)
         elif image_id not in images or category not in labels:
-            continue  # refused with its image or its category, or of another part
+            continue  # its image or category was refused, or is in another part of the set
         elif len(xywh) != 4 or crowd not in (0, 1) or (math.isnan(area) and not math.isnan(size)):
             got = f"{bbox!r:.60}, {given!r:.60}, {crowd!r:.60}"
             what = f"expected a bbox of four numbers, an area, and iscrowd 0 or 1; got {got}"
@@ -422,10 +425,10 @@ def read_coco(
     *,
     annotated: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Records of some sets, and the class names: label k is the k-th category by id, which has to
-    be the same in all sets. Not `annotated`: a test set may be annotations/image_info_<set>.json.
+    """Reads sets -> (records, class names). Label k is the k-th category by id; all sets must have
+    the same categories. annotated=False: a test set may be annotations/image_info_<set>.json.
 
-    Crowd regions come as `difficult`. Raises ValueError, naming the file and the id.
+    Crowd regions are marked as `difficult`. ValueError names the file and the id.
     """
     if isinstance(sets, str) or not sets:
         raise ValueError(f"sets is a list of one or more names; got {sets!r}")
@@ -447,7 +450,7 @@ def read_coco(
     for name, part, folders, listing in parts:
         some = to_records(listing, folders, part, labels, found)
         seems_empty = not any(len(record.labels) for record in some)
-        if annotated and seems_empty and (some or not listing.total):  # else it was said why
+        if annotated and seems_empty and (some or not listing.total):  # else it was reported
             found.refuse(listing.path, f"no objects at all in {len(some)} images")
         for record in some:
             if record.name in seen:
@@ -462,8 +465,8 @@ def read_coco(
 
 
 def category_ids(root: str | Path, split: str) -> dict[str, int]:
-    """{class name: the id that the file gives it}, for results in COCO's own ids. Of two of one
-    name it is the one that has boxes."""
+    """The official ids, which the results for COCO's server need: {class name: id}. If two
+    categories have the same name, it is the id of the one that has boxes."""
     listing = read_listing(find_listing(root, split, annotated=False)[0], Findings(collect=True))
     used = {entry.category for entry in listing.entries}
     categories = sorted(listing.categories, key=lambda category: category[0] in used)

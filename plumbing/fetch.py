@@ -1,12 +1,12 @@
 """Download a data set: python data.py --fetch voc2007 voc2012 --to DIR. Standard library only.
 
-    DIR/NAME.part    being downloaded; the same command goes on where it stopped
-    DIR/NAME         downloaded and checked; one that you put there yourself is used, and kept
-    DIR/.NAME.done   unpacked into DIR/VOCdevkit or DIR/coco, and the download removed
+    DIR/NAME.part    being downloaded; the same command continues where it stopped
+    DIR/NAME         downloaded and checked; an archive that you put there yourself is used and kept
+    DIR/.NAME.done   says that it was unpacked into DIR/VOCdevkit or DIR/coco, and then removed
 
-VOC's archives are checked by their published MD5. COCO publishes none: there the length and the
-checksums inside the zip file are checked. Nothing is unpacked outside of DIR, no links, and not
-much more than the data set has, whatever an archive says.
+VOC's archives are compared with their published MD5. COCO publishes none: there the length and the
+checksums inside the zip file are checked. Whatever an archive says, nothing is unpacked outside of
+DIR, no links, and not much more than the size of the data set.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ class Archive(NamedTuple):
     size: int  # bytes
     unpacked: int  # bytes
     md5: str = ""
-    only: str = ""  # regular expression of the members that are unpacked
+    only: str = ""  # regular expression: unpack the members whose names begin like this
 
 
 class NotTheData(ValueError):
-    """What came is damaged, or another file."""
+    """The download is damaged, or it is another file."""
 
 
 class Source(NamedTuple):
-    """What a name on the command line stands for."""
+    """The archives behind a name on the command line, and their licence."""
 
     licence: str
     archives: tuple[Archive, ...]
@@ -107,8 +107,8 @@ def main(
     names: Sequence[str], folder: str | Path, *, sources: dict[str, Source] = SOURCES,
     wait: float = 1.0,
 ) -> int:  # fmt: skip
-    """Downloads, checks and unpacks these data sets -> 0. ValueError says what went wrong, and the
-    same command goes on. `wait`: seconds before the first new try."""
+    """Downloads, checks and unpacks these data sets -> exit status 0. ValueError says what went
+    wrong; the same command continues where it stopped. `wait`: seconds before the second try."""
     folder, names = Path(folder), list(dict.fromkeys(names))
     if unknown := [name for name in names if name not in sources]:
         raise ValueError(f"--fetch {' '.join(unknown)}: expected {', '.join(sources)}")
@@ -143,7 +143,7 @@ def main(
 
 
 def training_command(names: Sequence[str], there: Sequence[str], folder: Path) -> str:
-    """Of the data sets that were asked for; `there`: all that were ever fetched."""
+    """The command that trains on the data sets asked for. `there`: all that were ever fetched."""
     if "coco2017" in names:
         return f"python train.py --coco-root {quoted(folder / 'coco')}"
     command = f"python train.py --voc-root {quoted(folder / 'VOCdevkit')}"
@@ -164,7 +164,7 @@ def done(archive: Archive, folder: Path) -> Path:
 
 
 def check_space(todo: Sequence[Archive], folder: Path) -> None:
-    """ValueError where the disk has not enough room; an archive is removed once it is unpacked."""
+    """ValueError if the disk is too small. Each archive is removed as soon as it is unpacked."""
     if not todo:
         return
     parts = (folder / f"{a.name}{end}" for a in todo for end in ("", ".part"))
@@ -206,8 +206,8 @@ class Progress:
 
 
 def download(archive: Archive, folder: Path, wait: float) -> None:
-    """Makes DIR/NAME, whole and checked. Goes on with what is there; tries again where the
-    connection breaks, and the next address where one fails."""
+    """Downloads and checks DIR/NAME. Continues a part that is there. Tries again if the connection
+    breaks, and the next address if one fails."""
     part, faults = folder / f"{archive.name}.part", []
     for url in archive.urls:
         fruitless = tries = 0
@@ -245,7 +245,7 @@ def download(archive: Archive, folder: Path, wait: float) -> None:
 
 
 def continue_download(archive: Archive, url: str, part: Path) -> bool:
-    """Appends to `part` what the server sends -> whether that is all of it."""
+    """Appends what the server sends to `part` -> whether the file is complete."""
     have = size_of(part)
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
     if have:
@@ -284,7 +284,8 @@ def continue_download(archive: Archive, url: str, part: Path) -> bool:
 
 
 def write(file: IO[bytes], piece: bytes, path: Path) -> None:
-    """An error of the disk names the file; one of the network has none."""
+    """Writes to the file. Gives an error of the disk the file's name, since `download` tells it by
+    that from an error of the network."""
     try:
         file.write(piece)
         file.flush()
@@ -294,7 +295,7 @@ def write(file: IO[bytes], piece: bytes, path: Path) -> None:
 
 
 def check_md5(archive: Archive, path: Path) -> None:
-    """NotTheData where the file has another than the published one."""
+    """NotTheData if the MD5 of the file is not the published one."""
     if not archive.md5:
         return
     print(f"{archive.name}: checking its MD5", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""What all readers of data files share: records, what may be wrong, names, boxes, pictures.
+"""Shared by all readers of data files: records, findings, names of files, boxes, pictures.
 
 Files come from anywhere, so no file is trusted: sizes and depths are bounded, names stay in their
-folder, and an error names file and line. Data that can be used after a correction is used, and the
-correction is said once (`Findings`). What happens to which input:
+folder, and an error names file and line. Data that can be corrected is used, and each kind of
+correction is printed once (`Findings`). What happens to which input:
 
     refused    broken, deep or huge XML and JSON; files of another format; entities; NaN; names with
                `..`; unknown classes; a class named background; images listed twice; missing files;
@@ -17,7 +17,7 @@ correction is said once (`Findings`). What happens to which input:
                the boxes of VOC and COCO are in stored pixels); backslashes in names; names from a
                Mac, which stores "é" as two characters
 
-Each refusal of one box or image has a `kind`. With --drop-bad those are left out instead.
+A refusal of one box or image has a `kind`. With --drop-bad such boxes and images are left out.
 """
 
 import math
@@ -35,8 +35,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-# All that Pillow reads, except formats that run a program (EPS), that no photograph has, or that
-# it recognises by guessing. A build of Pillow may lack some.
+# All that Pillow reads, except formats that start another program (EPS), that photographs never
+# have, or that Pillow recognises by guessing. Some builds of Pillow lack some of these.
 Image.init()
 FORMATS = tuple(
     name
@@ -79,10 +79,10 @@ class BadData(ValueError):
 
 
 class Findings:
-    """Everything that is wrong with the data. The default raises at the first refusal.
+    """Collects what is wrong with the data. By default the first refusal is raised as BadData.
 
-    collect: a data check, which lists all of it and raises nothing.
-    drop: bad boxes and images are left out, counted and listed; other refusals raise.
+    collect: for the data check; lists everything and raises nothing.
+    drop: leaves out, counts and lists bad boxes and images; raises all other refusals.
     """
 
     def __init__(self, *, collect: bool = False, drop: bool = False):
@@ -95,7 +95,7 @@ class Findings:
         self._said: dict[str, int] = {}
 
     def refuse(self, where: object, what: str, kind: str = "", count: int = 1) -> None:
-        """Training cannot use it; `count` boxes or images of one cause."""
+        """Training cannot use it: `count` boxes or images, for the same reason."""
         if self.drop and kind:
             self.dropped.setdefault(kind, []).append((str(where), what, count))
         elif self.collect:
@@ -104,7 +104,7 @@ class Findings:
             raise BadData(where, what, kind)
 
     def handle(self, where: object, what: str, count: int = 1) -> None:
-        """Training can use it, after a correction that has to be said."""
+        """Training can use it, after a correction that the user should know of."""
         self.handled.setdefault(what, []).append(str(where))
         self._counts[what] = self._counts.get(what, 0) + count
 
@@ -114,7 +114,7 @@ class Findings:
             self.notes.setdefault(what, []).append(str(where))
 
     def say(self) -> None:
-        """Prints what was corrected or left out and was not said before."""
+        """Prints what was corrected or left out since the last call."""
         if self.collect:
             return
         lines = [(what, self._counts[what], places[0]) for what, places in self.handled.items()]
@@ -126,7 +126,7 @@ class Findings:
                 self._said[what] = count
 
     def dropped_text(self) -> str:
-        """Everything that was left out, one line each; for a file in the run's folder."""
+        """One line for everything that was left out, for a file in the run's folder."""
         lines = []
         for kind, entries in self.dropped.items():
             lines.append(f"# {kind}: {sum(n for *_, n in entries)}")
@@ -138,7 +138,7 @@ class Findings:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file that may come from anywhere: a regular one, of bounded size."""
+    """The content of a file; refuses devices, pipes and files that are too large."""
     limit = MAX_BYTES.get(path.suffix.lower(), 64 << 20)
     try:
         status = os.stat(path)
@@ -150,7 +150,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The content of a text file in UTF-8, or in UTF-16, which Windows' PowerShell writes."""
+    """The content of a text file in UTF-8, or in UTF-16, as Windows' PowerShell writes it."""
     data = read_bytes(Path(path))
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -177,12 +177,12 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 def is_background(name: str) -> bool:
-    """Whether it names what no box covers, which is label 0 here and never a class."""
+    """Whether a name means background: here that is label 0, never a class of boxes."""
     return name.strip("_ ").casefold() == "background"
 
 
 def note_similar(classes: Iterable[str], where: object, found: Findings) -> None:
-    """Notes names such as Bolt and bolt: probably one class, spelled in two ways."""
+    """Notes pairs of names such as Bolt and bolt, which are probably the same class."""
     spelled: dict[str, str] = {}
     for name in classes:
         other = spelled.setdefault(re.sub(r"[\s_-]+", " ", name.casefold()), name)
@@ -194,7 +194,7 @@ def note_similar(classes: Iterable[str], where: object, found: Findings) -> None
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a name that a file gives stays in its folder: no `..`, no absolute path, no NUL."""
+    """Whether a name found in a file stays in its folder: no `..`, no absolute path, no NUL."""
     parts = name.replace("\\", "/").split("/")
     drive = re.match("[A-Za-z]:", name)  # "12:30.jpg" is a name
     return ".." not in parts and parts[0] != "" and "\0" not in name and not drive
@@ -210,9 +210,9 @@ def index_files(
 ) -> dict[str, Path]:
     """{"cam1/part00.jpg": path, ...}: the files below `folder` with one of these suffixes.
 
-    The keys have one spelling in any locale. Hidden files and folders are not listed, such as a
-    Mac's "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"):
-    they are left out of the keys, so that a picture and its labels have the same one.
+    The keys are the same in any locale. Hidden files and folders are skipped, such as a Mac's
+    "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"): they
+    are left out of the keys, so that a picture and its labels have the same key.
     """
     files, seen = [], set()
     top = str(folder)
@@ -239,8 +239,8 @@ def index_files(
 def index_tree(
     tree: Path, suffixes: str | tuple[str, ...], own: tuple[str, ...], others: tuple[str, ...]
 ) -> dict[str, Path]:
-    """`index_files` of the folders of `tree` whose names are in `own`, such as images/ for
-    pictures; of all of it where there are none. `others` are the names for other files."""
+    """`index_files` of the folders of `tree` whose names are in `own` (such as images/ for
+    pictures), or of the whole tree if it has none. `others`: names of folders for other files."""
     folders = [path for path in tree.iterdir() if path.is_dir()] if tree.is_dir() else []
     index: dict[str, Path] = {}
     for top in sorted(path for path in folders if path.name.casefold() in own) or [tree]:
@@ -249,18 +249,18 @@ def index_tree(
 
 
 def on_disk(name: str) -> str:
-    """`one_form` of a name from the disk, which Python reads with the locale: in C as bytes."""
+    """`one_form` of a name that Python read from the disk, in any locale (in C names are bytes)."""
     return one_form(os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def to_disk(name: str) -> str:
-    """A name as Python needs it to write a file, in any locale: the reverse of `on_disk`."""
+    """A name as Python must have it to write a file, in any locale: the inverse of `on_disk`."""
     return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
 
 def spellings(name: str, roles: tuple[str, ...] = ()) -> Iterator[str]:
-    """The keys of `index_files` under which a name from a file may be found, the likeliest first:
-    as it is; with slashes for backslashes; without "./" and the folders that are roles."""
+    """Under which keys of `index_files` a name from a list may be found, the likeliest first: the
+    name itself; with slashes for backslashes; without "./" and without folders that are roles."""
     name = one_form(name)
     yield name
     yield name.replace("\\", "/")
@@ -270,7 +270,7 @@ def spellings(name: str, roles: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def split_of(name: str) -> tuple[str, str]:
-    """("mine@train") -> ("mine", "train"): a set, and the part of it that is asked for or ""."""
+    """The set and its part: "mine@train" -> ("mine", "train"); "mine" -> ("mine", "")."""
     name, _, part = name.partition("@")
     if part not in ("", "train", "val"):
         raise ValueError(f"set {name}@{part}: expected {name}@train or {name}@val")
@@ -278,9 +278,9 @@ def split_of(name: str) -> tuple[str, str]:
 
 
 def part_of(stems: Iterable[str], part: str) -> set[str]:
-    """Which images of a set are in its part "train" or "val" (or "", all), by their names without
-    folder and suffix. "val" is the fifth with the smallest hashes, the same on any machine and in
-    any format of the data set."""
+    """The images of a set that are in its part "train" or "val" ("": all), as names without folder
+    and suffix. "val" is the fifth whose names have the smallest hashes: the same on any machine and
+    for the same pictures in VOC's, COCO's or YOLO's format."""
     stems = sorted(set(stems), key=lambda stem: (zlib.crc32(stem.encode("utf-8", "replace")), stem))
     cut = 0 if not part else max(1, round(len(stems) / 5))
     return set(stems[:cut] if part == "val" else stems[cut:])
@@ -292,8 +292,8 @@ def stem_of(name: str) -> str:
 
 
 def suggest(sets: list[str], everything: str = "") -> str:
-    """The sets that are there and the flags to name them, for an error message. `everything`: the
-    name of the set of all images, if there is one."""
+    """For an error message: which sets there are, and flags that choose two of them. `everything`:
+    the name of the set of all images, if there is one."""
 
     def first(*starts: str) -> str:
         names = (name for name in sets if name.rpartition(":")[2].casefold().startswith(starts))
@@ -332,7 +332,7 @@ def whole(value: object) -> int:
 def check_box(
     box: list[float], size: tuple, name: str, where: str, found: Findings, given: object = None
 ) -> bool:
-    """Whether a box xyxy in pixels can be used; refuses what is not a box on the image. `given` is
+    """Whether a box xyxy in pixels can be used. Refuses what is not a box on the image. `given` is
     what the file says, for the message."""
     (x0, y0, x1, y1), (w, h) = box, size
     if any(map(math.isnan, box)):
@@ -360,15 +360,15 @@ def crosses(box: list[float], size: tuple) -> bool:
 
 
 def check_size(path: Path, size: tuple, where: object) -> None:
-    """Refuses a picture whose size is not the annotation's. It is asked where a box crosses the
-    border: then that is the cause, and said once, not for every box."""
+    """Refuses a picture whose size is not the annotation's. Called where a box crosses the border,
+    because a wrong size is then the reason; it is reported once instead of for every box."""
     if (true := open_image(path, UNREADABLE).size) != size:
         what = "the image {} is {}x{}, its annotation says {}x{}".format(path, *true, *size)
         raise BadData(where, what, "another size than the image's")
 
 
 def check_units(records: list[Record], where: object, found: Findings) -> None:
-    """Refuses boxes that are all within one pixel: fractions of the image, taken for pixels."""
+    """Refuses data whose boxes all lie within one pixel: they must be fractions of the image."""
     boxes = [record.boxes_xyxy for record in records if len(record.boxes_xyxy)]
     if boxes and max(some.max() for some in boxes) <= 1:
         what = "every box lies within the first pixel: they look like fractions of the image"
@@ -381,8 +381,11 @@ UNREADABLE = "image that cannot be read"  # a kind of BadData
 
 
 def open_image(path: Path, kind: str = "") -> Image.Image:
-    """Reads the header only. Refuses what is no image, and one too large, before any pixel.
-    `kind` of the BadData: of a data set's image UNREADABLE, so that --drop-bad can leave it out."""
+    """Reads the header only. Refuses what is not an image, or too large, before decoding a pixel.
+
+    `kind` goes into the BadData: UNREADABLE for an image of a data set, so that --drop-bad can
+    leave it out.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
@@ -398,7 +401,7 @@ def open_image(path: Path, kind: str = "") -> Image.Image:
         raise BadData(path, "no such image", kind) from None
     except BadData:
         raise
-    except Exception as error:  # whatever a decoder raises on bytes from anywhere
+    except Exception as error:  # image decoders raise all kinds of errors on damaged files
         raise BadData(path, f"not an image that can be read ({error})", kind) from None
 
 
@@ -415,8 +418,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode_pixels(image: Image.Image, record: Record) -> Image.Image:
-    """The pixels of an opened image, as stored: an EXIF orientation is not applied, because the
-    boxes of VOC and COCO are in stored pixels."""
+    """Decodes an opened image into RGB. An EXIF orientation is not applied: the boxes of VOC and
+    COCO refer to the stored pixels."""
     try:
         image.load()
         return to_rgb(image)
@@ -425,7 +428,7 @@ def decode_pixels(image: Image.Image, record: Record) -> Image.Image:
 
 
 def open_record(record: Record) -> Image.Image:
-    """The image of a record, not yet decoded; its size must be the annotation's."""
+    """Opens the image of a record without decoding it. Its size must be the annotation's."""
     image = open_image(record.path, UNREADABLE)
     if image.format == "TIFF" and exif_orientation(image) in range(2, 9):  # Pillow turns only these
         what = "a TIFF with an orientation: are the boxes in its stored pixels? Store it upright"
@@ -440,5 +443,5 @@ def open_record(record: Record) -> Image.Image:
 def exif_orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(0x0112, 1)
-    except Exception:  # broken EXIF does not make a broken picture
+    except Exception:  # the picture may be fine although its EXIF is broken
         return 1

@@ -8,10 +8,10 @@ MAX_FRAME = 256 << 20  # bytes; a frame without an end would fill the memory
 
 
 def split_jpegs(stream: BinaryIO) -> Iterator[bytes]:
-    """The JPEG files in a stream, one after another; bytes between them are passed over.
+    """The JPEG files in a stream, one after another; bytes between them are skipped.
 
-    Follows the markers, so a preview inside a picture's header is not taken for a picture.
-    A picture that the stream cuts off comes as it is: its decoder will say so.
+    It follows the markers, so a preview inside a picture's header is not mistaken for a picture. If
+    the stream ends inside a picture, the part is returned and the decoder reports it.
     """
     data, start = b"", 0
     while True:
@@ -31,7 +31,7 @@ def split_jpegs(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def end_of_jpeg(data: bytes, start: int) -> int:
-    """The position behind the JPEG that begins at `start`, or -1 where its end is not there yet."""
+    """The position after the JPEG that begins at `start`, or -1 if `data` ends before it does."""
     at = start + 2
     while at + 4 <= len(data):
         marker = data[at + 1]

@@ -1,11 +1,11 @@
-"""All cores of a CPU for one training step: each thread takes part of the batch.
+"""One training step on all cores of a CPU: each thread takes a part of the batch.
 
-torch's own threads meet inside every operator. Where they sleep while they wait, two of them train
-a small network hardly faster than one; where they spin, any other process on the machine slows them
-down threefold. Here a thread takes its images through the whole network, alone inside each
-operator, and meets the others only where the images of a batch do: in BatchNorm, whose statistics
-are those of the whole batch. So a step computes what it would in one piece, up to rounding. Sums
-over the parts have a fixed order: as many threads give the same bits, however busy the machine is.
+torch's own threads wait for each other in every operator. If they sleep while they wait, two of
+them train a small network hardly faster than one; if they spin, any other process on the machine
+slows them down threefold. Here each thread takes its images through the whole network. The threads
+wait for each other only in BatchNorm, whose statistics are those of the whole batch. So a step
+computes the same as on one thread, up to rounding. Sums over the parts have a fixed order: with the
+same number of threads the bits are the same, however busy the machine is.
 
     network = in_threads(model, 8)
     loc, logits = network(images)          # each thread forward
@@ -30,12 +30,15 @@ from ops.jit import BuildError, build
 
 
 def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
-    """Threads with so many of OpenMP's behind each, which OpenMP counts by thread."""
+    """A pool of threads, each of which may use `each` threads of OpenMP (a setting per thread)."""
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
 
 
 class JointBatchNorm(nn.BatchNorm2d):
-    """An nn.BatchNorm2d of a replica, which sets `meeting`, `part`, `place` and `relu`."""
+    """BatchNorm over the parts of all threads, which wait for each other here (joint_norm.cpp).
+
+    `replica` sets the attributes `meeting`, `part`, `place` and `relu`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.scratchdet.joint_norm(
@@ -45,7 +48,7 @@ class JointBatchNorm(nn.BatchNorm2d):
 
 
 def replica(model: nn.Module, part: int, meeting: int) -> nn.Module:
-    """The same network on the same memory, but for gradients."""
+    """A copy of the network that shares its weights and buffers but has gradients of its own."""
     twin = copy.deepcopy(model)
     pairs = [*zip(twin.parameters(), model.parameters(), strict=True)]
     for ours, theirs in pairs + [*zip(twin.buffers(), model.buffers(), strict=True)]:
@@ -63,7 +66,7 @@ def replica(model: nn.Module, part: int, meeting: int) -> nn.Module:
 
 
 class Step(torch.autograd.Function):
-    """All parts forward, later all parts backward: -> the outputs of the whole batch."""
+    """Runs all parts forward, and later all parts backward -> the outputs of the whole batch."""
 
     @staticmethod
     def forward(ctx, halves: "Halves", images: Tensor, _: Tensor):
@@ -91,7 +94,7 @@ class Step(torch.autograd.Function):
 
 
 class Halves(nn.Module):
-    """`model` for training by `parts` threads, with as many images at least in each batch."""
+    """`model`, trained by `parts` threads. Each batch must have at least that many images."""
 
     def __init__(self, model: nn.Module, parts: int, each: int = 1):
         super().__init__()
@@ -99,7 +102,7 @@ class Halves(nn.Module):
         self.model, self.pool, self.ops = model, pool(parts, each), torch.ops.scratchdet
         self.meeting = self.ops.meeting(parts)
         self.twins = [replica(model, part, self.meeting) for part in range(parts)]
-        self.anchor = torch.zeros(0, requires_grad=True)  # so that Step has a gradient
+        self.anchor = torch.zeros(0, requires_grad=True)  # without it autograd would skip Step
 
     def __del__(self):
         if "meeting" in self.__dict__:
@@ -109,7 +112,7 @@ class Halves(nn.Module):
         return Step.apply(self, images, self.anchor)
 
     def run(self, function: Callable, *parts: Iterable) -> list:
-        """function(...) of all parts at once. Where one fails, none waits for it."""
+        """Calls function(...) for all parts at once. If one fails, the others stop waiting."""
 
         def work(*part):
             try:
@@ -139,8 +142,8 @@ class Halves(nn.Module):
 
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
-    """`model` for training with batches of so many images by all threads of torch; itself where
-    nothing can be compiled."""
+    """`model`, trained by all of torch's threads on batches of `images`. Where nothing can be
+    compiled it is the model itself."""
     if not ops.COMPILED["cpu"]:
         return model
     parts = min(torch.get_num_threads(), images, 8)
@@ -154,7 +157,7 @@ def in_threads(model: nn.Module, images: int) -> nn.Module:
 
 
 def spread(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """function(item) for each item, in their order, by so many threads. No gradients."""
+    """function(item) for each item, in their order, by several threads. No gradients."""
     if threads == 1:
         yield from map(torch.no_grad()(function), items)
         return

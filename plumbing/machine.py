@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 
 def check_device(name: str) -> None:
-    """ValueError unless `name` is cpu, or a GPU that is here."""
+    """ValueError unless `name` is a device of this machine."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or mps")
     there = torch.cuda.device_count()
@@ -36,9 +36,9 @@ def check_device(name: str) -> None:
 # ------------------------------------------------------------------------------ what it is
 
 
-@functools.cache  # every checkpoint has it, and it is that of the code when the run began
+@functools.cache  # asked once, at the start: files may change while a run goes on
 def commit() -> str:
-    """The git commit of this code, with a + where files differ from it."""
+    """The git commit of this code, with a + if files differ from it."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         rev = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -62,12 +62,12 @@ def processor(device: torch.device | str) -> str:
 
 
 def hardware(device: torch.device | str) -> str:
-    """The machine and torch, to stand beside a number that was measured."""
+    """The machine and torch's version, which belong beside every measured number."""
     return f"{processor(device)}, torch {torch.__version__}"
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is fast there, not just possible."""
+    """Whether the device computes bfloat16 natively: elsewhere it works, but slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -98,7 +98,7 @@ def free_space(folder: Path) -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a run may still take; infinity where the system does not say."""
+    """Bytes of memory that a run may still take; infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = math.inf
@@ -109,9 +109,9 @@ def free_memory(device: torch.device) -> float:
 
 
 def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")):
-    """Bytes left below the limit of this process's cgroup (docker, Slurm), v2 or v1; else infinity.
+    """Bytes left in this process's cgroup (Docker, Slurm), v2 or v1; infinity without a limit.
 
-    Every level counts: the limit may be set on a parent.
+    A limit may be set on any parent, so the tightest of all levels counts.
     """
     free = math.inf
     with contextlib.suppress(OSError, ValueError):
@@ -125,7 +125,7 @@ def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
                 base = root / "memory"
             folder = base / inside.lstrip("/")
-            if not folder.is_dir():  # in a container the path is the host's, the files are here
+            if not folder.is_dir():  # a container sees the host's path, but has its files at `base`
                 folder = base
             for level in (folder, *folder.parents):
                 free = min(free, limit_minus_use(level, *names))
@@ -135,7 +135,7 @@ def free_in_cgroup(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def limit_minus_use(folder: Path, limit_name: str, use_name: str) -> float:
-    """Bytes; infinity without a limit. Pages of files, which can be dropped, do not count."""
+    """Bytes left below a limit; infinity if there is none. Cached pages of files do not count."""
     try:
         limit, use = (folder / limit_name).read_text().strip(), (folder / use_name).read_text()
         if not limit.isdigit() or int(limit) > 1 << 60:  # "max", or v1's largest number
@@ -153,10 +153,10 @@ def limit_minus_use(folder: Path, limit_name: str, use_name: str) -> float:
 
 
 def fresh_store() -> dict:
-    """Arguments of init_process_group that survive a restart of ranks.
+    """Arguments for init_process_group with which ranks can be restarted.
 
-    torchrun on one node keeps its store when it restarts ranks, and the addresses of the dead ones
-    are still in it (pytorch issue 135712). So each restart uses keys of its own.
+    On one machine torchrun keeps its key-value store when it restarts ranks, and in it the
+    addresses of the dead ones (pytorch issue 135712). So each restart uses keys of its own.
     """
     env = os.environ.get
     if env("TORCHELASTIC_USE_AGENT_STORE") != "True" or env("GROUP_WORLD_SIZE") != "1":
@@ -167,12 +167,12 @@ def fresh_store() -> dict:
 
 
 def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
-    """(rank, world, device); more than one process where torchrun started us."""
+    """Joins the other processes, if torchrun started several -> (rank, world, device)."""
     check_device(args.device)
     env = os.environ.get
     rank, world, address = env("RANK", "0"), env("WORLD_SIZE", "1"), env("MASTER_ADDR")
     if world == "1":
-        rank = "0"  # whatever a shell has kept
+        rank = "0"  # a RANK that is left over in the shell means nothing
     elif not (rank.isdigit() and world.isdigit() and address):
         raise ValueError(
             f"RANK={rank} WORLD_SIZE={world} MASTER_ADDR={address} in the environment: torchrun "
@@ -197,6 +197,6 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
 
 
 def end_ranks() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What protects and measures a network, whichever it is: the checks of a Config, MACs."""
+"""Checks of a Config and of its maps, and the cost of a network in multiplications."""
 
 import copy
 import math
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def ignored_options(values: dict, default, takes: dict[str, tuple[str, ...]]) -> list[str]:
-    """Names of the options in `values` that are set although the backbone does not have them.
+    """Names of the options in `values` that are set although they have no effect on the backbone.
 
-    {"backbone": "vgg16", "stem": (3, 1, 1)} -> ["stem"]. `takes`: options of each backbone;
-    `default`: the class Config.
+    {"backbone": "vgg16", "stem": (3, 1, 1)} -> ["stem"]. `takes`: {backbone: names of its options};
+    `default`: the class Config, for the default values.
     """
     options = {name for names in takes.values() for name in names}
     options -= set(takes.get(values.get("backbone", default.backbone), ()))
@@ -19,7 +19,7 @@ def ignored_options(values: dict, default, takes: dict[str, tuple[str, ...]]) ->
 
 
 def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str, ...]]) -> None:
-    """ValueError with the value and what was expected, where a field of a Config makes no sense."""
+    """ValueError where a field of a Config makes no sense, with its value and what was expected."""
 
     def expect(fine: bool, name: str, expected: str) -> None:
         if not fine:
@@ -55,8 +55,8 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
 
 
 def check_maps(config, sizes: list[tuple[int, int]], needed: int, sides_300: tuple) -> None:
-    """ValueError where the maps (H, W) of an image of config.size are not what the head needs:
-    as many as `needed`, and of a 300x300 image squares of `sides_300`."""
+    """ValueError where the maps do not suit the head. `sizes`: (H, W) of the maps of an image of
+    config.size; `needed`: how many the head needs; `sides_300`: their sides for a 300x300 image."""
     if len(sizes) < needed:
         raise ValueError(
             f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an image, "

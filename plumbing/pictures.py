@@ -10,17 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 from plumbing.files import exif_orientation, to_rgb
 
 GREEN, ORANGE = (0, 158, 60), (245, 130, 0)  # ground truth, detections
-CROWD = 8  # from so many boxes on, a colour and a line of the legend replace names
+CROWD = 8  # with so many boxes or more, colours and a legend replace the names
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A colour per class, 1 is orange: neighbours in the list are far apart on the circle."""
+    """A colour per class; class 1 is orange. Classes that follow each other differ strongly."""
     hue = (0.089 + (label - 1) * 0.381966) % 1.0  # the golden angle
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue, 1.0, 0.92))
 
 
 def letters(size: int):
-    """A font of so many pixels."""
+    """A font of this height in pixels."""
     try:
         return ImageFont.load_default(size)
     except (TypeError, ImportError):  # Pillow before 10.1, or built without FreeType
@@ -40,9 +40,9 @@ def draw_boxes(
 ) -> Image.Image:  # fmt: skip
     """A copy of the picture with boxes in pixels, as RGB.
 
-    Without scores (None) they are ground truth: green, named at the bottom. Detections are orange,
-    named at the top, with scores. Where there are many, or they are too small for their names, a
-    colour per class and a legend below the picture say the same.
+    Without scores (None) they are ground truth: green, with the name at the bottom. Detections are
+    orange, with name and score at the top. If there are many, or if most are too small for their
+    names, each class has a colour and a legend below the picture names it.
     """
     image = image.convert("RGB").copy()
     pen, size = ImageDraw.Draw(image), max(11, max(image.size) // 34)
@@ -78,7 +78,7 @@ def draw_boxes(
 
 
 def with_legend(image: Image.Image, labels: np.ndarray, classes: Sequence[str], font, size: int):
-    """The picture with a strip below it: each class in its colour, and how many there are."""
+    """The picture with a strip below it: colour, name and number of the boxes of each class."""
     found, counts = np.unique(labels, return_counts=True)
     entries, x, row, height = [], 4, 0, size + 8
     measure = ImageDraw.Draw(image)
@@ -100,13 +100,13 @@ def with_legend(image: Image.Image, labels: np.ndarray, classes: Sequence[str], 
 
 
 def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) -> None:
-    """Writes one picture of many, in columns of 300 pixels, each picture under the last one."""
+    """Writes one picture that shows many, in columns 300 pixels wide."""
     side, gap = 300, 4
     heights = [0] * min(columns, max(1, len(pictures)))
     places = []
     for picture in pictures:
         picture = picture.resize((side, max(1, round(side * picture.height / picture.width))))
-        column = heights.index(min(heights))  # the shortest: no white between pictures
+        column = heights.index(min(heights))  # the shortest so far, which wastes the least space
         places.append((picture, column * (side + gap), heights[column]))
         heights[column] += picture.height + gap
     size = len(heights) * (side + gap) - gap, max(1, max(heights) - gap)
@@ -116,7 +116,7 @@ def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) 
     sheet.save(path)
 
 
-# ------------------------------------------------------------------------------ what people bring
+# ------------------------------------------------------------------------------ users' pictures
 
 
 def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
@@ -131,14 +131,14 @@ def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(np.ascontiguousarray(array))
     if not isinstance(image, Image.Image):
         raise ValueError(f"a picture of type {type(image).__name__}: expected PIL or NumPy")
-    image.load()  # decodes it, which fails here if it is cut
+    image.load()  # decodes it; a truncated file fails here
     return to_rgb(image)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """An opened picture as RGB, turned as its EXIF says.
 
-    ImageOps.exif_transpose would write the EXIF anew, and fail where any other tag is broken.
+    ImageOps.exif_transpose would rewrite the whole EXIF, and fail if any other tag is broken.
     """
     how = Image.Transpose
     turns = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE,
@@ -149,7 +149,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def make_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
-    """Makes a folder for drawn pictures; refuses one that holds the pictures themselves."""
+    """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
     folder = Path(path)
     if any(folder.resolve() == picture.resolve().parent for picture in pictures):
         raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")

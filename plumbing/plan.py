@@ -1,4 +1,4 @@
-"""Before the first step: whether the flags make sense, what the run will cost, whether it fits.
+"""Checks before the first step: whether the flags make sense, what the run costs, whether it fits.
 
 Where something does not fit, the error names the flag that helps.
 """
@@ -23,13 +23,13 @@ from plumbing.workers import PREFETCH
 
 
 def size_and_share(text: str) -> tuple[int, float]:
-    """160:.45 of --sizes -> (160, 0.45)."""
+    """One value of --sizes: "160:.45" -> (160, 0.45)."""
     size, share = text.split(":")
     return int(size), float(share)
 
 
 def check_flags(args: Namespace, given: Namespace) -> None:
-    """ValueError where a number is out of its range, or two flags contradict each other."""
+    """ValueError where a number is out of range or two flags contradict each other."""
     check_range(args, "batch_size accumulate iterations save_every", 1)
     check_range(args, "overfit lr seed workers eval_every", 0)
     check_range(args, "warmup drops", 0, 1)
@@ -56,7 +56,8 @@ def check_flags(args: Namespace, given: Namespace) -> None:
 
 
 def micro_batch(args: Namespace, world: int) -> int:
-    """Images of one forward pass on one rank; ValueError where they do not divide, or BN fails."""
+    """Images per forward pass of one rank. ValueError if --batch-size does not divide, or BatchNorm
+    would see a single image."""
     parts = world * args.accumulate
     micro, rest = divmod(args.batch_size, parts)
     if rest or micro < 1:
@@ -77,7 +78,7 @@ def micro_batch(args: Namespace, world: int) -> int:
 
 
 def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:
-    """How many images there are, and whether the mAP will be that of images never seen."""
+    """One line: how many images and classes there are; a warning if train and test overlap."""
     seen = len({r.path for r in train} & {r.path for r in test})
     note = f" ({seen:,} of them trained on: no measure of new images)" if seen else ""
     return (
@@ -86,7 +87,7 @@ def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:
 
 
 def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: float, device) -> str:
-    """What the run will do and, where a step has been timed (`seconds`), what that takes."""
+    """Lines to print: what the run will do and, if a step has been timed (`seconds`), its cost."""
     text = (
         f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
         f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
@@ -104,9 +105,10 @@ def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: fl
 
 
 def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: float) -> float:
-    """Calls `one_step` for that long. Afterwards the `states` (modules, optimizer) are as before.
+    """Runs `one_step` 3 times or more, for `at_least` seconds -> mean seconds of a step.
 
-    The result of a step is fetched from the device, which waits for it.
+    Afterwards the `states` (modules, optimizer) are as before. Fetching the result of a step waits
+    for the device.
     """
     before = [deepcopy(x.state_dict()) for x in states]
     times = []
@@ -114,7 +116,7 @@ def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: fl
         begin = time.perf_counter()
         one_step().item()
         took = [time.perf_counter() - begin]
-        if dist.is_initialized():  # all ranks must do, and answer, the same
+        if dist.is_initialized():  # all ranks must take as many steps, and return the same
             dist.broadcast_object_list(took, 0)
         times += took
     for x, state in zip(states, before, strict=True):
@@ -123,14 +125,14 @@ def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: fl
 
 
 def check(model: nn.Module, micro: int, args: Namespace) -> tuple[float, float]:
-    """(GiB of a step, GB of checkpoints); ValueError for what is not free, with the remedy."""
+    """(GiB of memory per step, GB of checkpoints); ValueError with a remedy if they do not fit."""
     costs = check_memory(model, micro, args), check_space(model, args)
     check_shared_memory(micro, args)
     return costs
 
 
 def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
-    """Bytes of a step: weights, and what backward needs (counted on the meta device)."""
+    """Bytes per step: weights, and all that backward needs, counted on the meta device."""
     seen, total = set(), 0
 
     def pack(t: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
 
 
 def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
-    """GiB of a step; ValueError with the flag that helps where they are not free."""
+    """GiB of memory per step; if they are not free, ValueError with the flag that helps."""
     device = model.priors_cxcywh.device
     needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
     if needed > free:
@@ -170,10 +172,10 @@ def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
 
 
 def check_space(model: nn.Module, args: Namespace) -> float:
-    """GB of the run's checkpoints; ValueError where the disk has less."""
+    """GB of the run's checkpoints; ValueError if the disk has less."""
     out = Path(args.out)
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    # weights and momentum; last.pt, previous.pt and the one being written
+    # weights and momentum, in three files: last.pt, previous.pt and the one being written
     size = sum(p.numel() * p.element_size() for p in model.parameters()) * 2
     missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
     needed = size * len(missing)
@@ -187,7 +189,7 @@ def check_space(model: nn.Module, args: Namespace) -> float:
 
 
 def check_shared_memory(micro: int, args: Namespace) -> None:
-    """ValueError where /dev/shm is too small (Docker: 64 MB): workers hand over batches there."""
+    """ValueError if /dev/shm is too small for the batches of the workers (Docker: 64 MB)."""
     shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not args.workers or not shm.exists():
         return

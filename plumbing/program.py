@@ -1,4 +1,4 @@
-"""What every program needs: one way to fail, one line of progress, one way to be stopped."""
+"""What every program needs: how it fails, shows its progress, and is stopped."""
 
 import contextlib
 import errno
@@ -17,20 +17,21 @@ import torch
 
 
 def run_program(main: Callable[[], object]) -> None:
-    """Calls `main` and ends the process: with status 0, 2 and one line for an error, or 130.
+    """Calls `main` and ends the process with its exit status.
 
-    `main` may return an exit status. Names that the console cannot print appear as escapes.
+    That is what `main` returns, or 0; 2 after an error, which is printed in one line; 130 after
+    Ctrl-C. Characters that the console cannot print appear as escapes.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
+        if getattr(sys, name) is None:  # closed by the program that started this one
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # not where a notebook took its place
+        if hasattr(getattr(sys, name), "reconfigure"):  # notebooks replace them
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
-    except BrokenPipeError:  # `| head` took what it wanted
+    except BrokenPipeError:  # the reader has gone, such as `| head`
         silence_output()
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except (ValueError, OSError) as error:
@@ -86,10 +87,10 @@ def check_range(args: Namespace, names: str, low: float, high: float = math.inf)
 
 
 class Progress:
-    """One live line with an ETA on a terminal; elsewhere a line every `every` seconds.
+    """One line with an ETA, rewritten in place on a terminal; elsewhere a line per `every` seconds.
 
-    `progress(done, text)` may be called as often as one likes. `share` tells how much of the work
-    `done` stands for, where that is not done / total; `first` is the share done before the start.
+    `progress(done, text)` may be called often; it prints rarely. `share` is the share of the work
+    that is done, if that is not done / total; `first` is the share that was done before the start.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Progress:
         if now - self.shown < (1 if self.live else self.every) and not last:
             return
         if last and not self.live and now - self.start < self.every and not text:
-            return  # it was short: no line at all
+            return  # it took so short a time that nobody needs a line
         self.shown = now
         share = done / max(1, self.total) if share is None else share
         took = max(1e-9, now - self.start)
@@ -116,17 +117,17 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """75 -> "0:01:15"; with days in front where there are any."""
+    """75 -> "0:01:15"; from a day on with the days in front."""
     days, rest = divmod(round(seconds), 86_400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}d {clock}" if days else clock
 
 
 class StopSignals:
-    """While in use, SIGTERM, SIGINT and SIGHUP (a lost terminal) only set `number`.
+    """`with StopSignals() as stop:` SIGTERM, SIGINT and SIGHUP (a lost terminal) set stop.number.
 
-    So a step is finished and saved before the program ends. In a thread of somebody else's program
-    the signals are left to that program.
+    So the program can finish and save its step before it ends. Outside of the main thread Python
+    does not allow it, and nothing is changed.
     """
 
     def __init__(self):

@@ -1,11 +1,12 @@
-"""The folder of a run (--out): its checkpoints, its log, and nothing of anybody else's.
+"""The folder of a run (--out): its checkpoints and its log. Other files in it are never touched.
 
 last.pt previous.pt   checkpoints, each whole at any moment
 log.jsonl             one JSON object per line: a step, or a measurement on the way
 run.json              arguments, network, commit, machine
-nonfinite.json        the images of the last step that was not finite, if there was one
+nonfinite.json        the images of the last step with a NaN or Inf, if there was one
 detections/           sheets of detections beside the ground truth
-results.json report.html page.html left_out.txt    the end, and what --drop-bad left out
+results.json report.html page.html    written at the end
+left_out.txt          what --drop-bad left out
 """
 
 import argparse
@@ -31,9 +32,10 @@ from plumbing.program import Progress, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
+FILES += ("errors.json", "suspects.html")
 
-# A resumed run takes all arguments from its checkpoint but those of the machine; of the others
-# these may be given anew, because the data may have moved, or a bad step is to be left out.
+# A resumed run takes all arguments from its checkpoint, except those of MACHINE. The user may
+# change those of CHANGEABLE: the data may have moved, or a bad step is to be skipped.
 MACHINE = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "page")
 CHANGEABLE = (
     "voc_root",
@@ -51,7 +53,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def describe(args: argparse.Namespace, config, where: str, world: int) -> dict:
-    """All that the numbers of a run depend on, as plain data: run.json and every checkpoint."""
+    """All that the results of a run depend on, as plain data for run.json and every checkpoint."""
     about = {"args": vars(args), "config": asdict(config), "commit": machine.commit()}
     about |= {"torch": str(torch.__version__), "processes": world}
     return about | {"machine": where + (f", {world} processes" if world > 1 else "")}
@@ -61,10 +63,10 @@ def describe(args: argparse.Namespace, config, where: str, world: int) -> dict:
 
 
 def start_folder(out: Path, left_out: str = "") -> str:
-    """Makes the folder of a new run, with what --drop-bad left out; -> what to say about it.
+    """Makes the folder of a new run, with the list of what --drop-bad left out -> lines to print.
 
-    An earlier run that is there moves to OUT-1, OUT-2, ... as a whole. A folder that holds anything
-    but a run stays where it is: ValueError if this run would write over something in it.
+    An earlier run in the folder moves to OUT-1, OUT-2, ... as a whole. ValueError, and nothing is
+    moved, if other files lie beside it, or if files there would be overwritten.
     """
     said, ours = "", [name for name in FILES if (out / name).exists()]
     if out.is_dir() and ours:
@@ -89,17 +91,17 @@ def start_folder(out: Path, left_out: str = "") -> str:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a run wrote this file or folder."""
+    """Whether a run of this program wrote this file or folder."""
     if path.name == "detections" and path.is_dir():
         return all(re.fullmatch(r"\d{7}\.png", p.name) for p in path.iterdir())
     return path.name in FILES and path.is_file()
 
 
 def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
-    """The arguments, and the checkpoint to go on from if --resume is given and there is one.
+    """The arguments, and the checkpoint to continue from, if --resume is given and there is one.
 
-    `parse_args(argv, **defaults)` is the program's. ValueError: an argument is given that is not
-    the one that the run was started with.
+    `parse_args(argv, **defaults)` is the program's. ValueError: the user gives an argument that
+    differs from the one that the run was started with.
     """
     args = parse_args(argv)
     last = Path(args.out) / "last.pt"
@@ -161,7 +163,7 @@ def write_checkpoint(path: Path, checkpoint: dict, *, keep_previous: bool = True
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later: they will be written again."""
+    """Removes the lines of `step` and later, which the resumed run will write again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [s for s in lines if s.endswith("\n") and json.loads(s)["step"] < step]
@@ -171,10 +173,10 @@ def cut_log(path: Path, step: int) -> None:
 
 
 class RunLog:
-    """log.jsonl, the live line, and the end of a run whose numbers are not finite.
+    """Writes log.jsonl and the progress line, and stops a run at a NaN or Inf.
 
     The values of a step stay on the device until `flush`, so that the loop waits for the device
-    only every `every` steps. On several ranks all keep the log and only the first writes it.
+    only once in `every` steps. All ranks have a RunLog, but only the first one writes the file.
     """
 
     def __init__(self, args: argparse.Namespace, about: dict, first: int, *, every: int):
@@ -191,8 +193,8 @@ class RunLog:
     def write(
         self, step: int, values: dict[str, Tensor], lr: float, done: float, images: list[str]
     ) -> None:
-        """Notes the scalars of a step, its learning rate and the names of its images; with it the
-        share `done` of the run's work is done."""
+        """Notes a step: its scalars, learning rate and names of images. `done` is the share of the
+        run's work that is done after it."""
         if self.lead and self.progress is None:
             self.progress = Progress(self.args.iterations, "step", every=20, first=done)
         self.pending.append((step, values, lr, done, images))
@@ -200,8 +202,8 @@ class RunLog:
             self.flush()
 
     def flush(self) -> None:
-        """Fetches and writes what waits. ValueError at a number that is not finite, unless
-        --skip-nonfinite; sets `stopping` where a rank was told to stop."""
+        """Fetches the noted steps from the device and writes them. Sets `stopping` if a rank was
+        told to stop. ValueError at a NaN or Inf, unless --skip-nonfinite."""
         if not self.pending:
             return
         names = list(self.pending[0][1])
@@ -230,7 +232,7 @@ class RunLog:
             self.say(self.progress, line["step"] + 1, text, share=share)
 
     def say(self, function: Callable, *args, **kwargs) -> object:
-        """Calls what prints; where nobody listens any more the run is to be saved and to end."""
+        """Calls what prints. If nobody reads it any more, the run is saved and ends."""
         try:
             return function(*args, **kwargs)
         except OSError:
@@ -239,7 +241,7 @@ class RunLog:
             self.stopping = True
 
     def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
-        """last.pt after `step` steps; at the end with the results, which go to results.json."""
+        """Writes last.pt after `step` steps; at the end also the results, and results.json."""
         done = {"step": step, "skipped": self.skipped, "images": images, "results": results}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         last = self.out / "last.pt"
@@ -248,10 +250,10 @@ class RunLog:
             write_json(self.out / "results.json", results)
 
     def measured(self, step: int, measure: Callable[[], dict]) -> None:
-        """Measures on the way: mAP by its names, and the cost, into the log."""
+        """Calls `measure` during training, and logs its mAPs and the CPU minutes."""
         begin = time.perf_counter()
         results = self.say(measure)
-        self.begin += time.perf_counter() - begin  # the time of no step
+        self.begin += time.perf_counter() - begin  # images/s count the time of steps only
         if self.file and results:
             numbers = {k: v for k, v in results.items() if k.startswith("mAP")}
             numbers["cpu_minutes"] = results["cpu_minutes"]
@@ -259,9 +261,9 @@ class RunLog:
             self.say(print, f"\nmAP {results['mAP'] or 0:.4f} after {step + 1} steps", flush=True)
 
     def report_nonfinite(self, line: dict, images: list[str]) -> None:
-        """A loss or gradient that is not a number: stop the run, or report and go on."""
+        """At a NaN or Inf: writes nonfinite.json, then stops the run, or reports and goes on."""
         kept, parts = self.out / "nonfinite.json", [images]
-        if dist.is_initialized():  # every rank is here: the losses are averaged
+        if dist.is_initialized():  # all ranks get here, since their losses are averaged
             parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, images)
         if self.lead:

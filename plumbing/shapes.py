@@ -1,6 +1,7 @@
 """The default data set: pictures of drawn shapes, written as a real VOC tree.
 
-Six classes, of which colour and texture say nothing, on textured grounds; 1 to 6 objects an image.
+Six classes on textured backgrounds, 1 to 6 objects per image. Colours and textures are random, so
+only the outline tells the class.
 """
 
 import itertools
@@ -31,7 +32,7 @@ def outline(shape: str) -> np.ndarray:
 
 
 def texture(width: int, height: int, around: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """A gradient, stripes, checks or clouds of two colours that differ from `around` alike."""
+    """A gradient, stripes, checks or clouds of two colours, one on each side of `around`."""
     kind, angle, period = rng.integers(4), rng.uniform(0, np.pi), rng.uniform(8, 24)
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
     u = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))  # (height, width)
@@ -53,10 +54,10 @@ def texture(width: int, height: int, around: np.ndarray, rng: np.random.Generato
 
 
 def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator):
-    """Boxes of these longer sides, one after another; None where one finds no room."""
-    boxes, covered = np.zeros((0, 4)), np.zeros(0)  # covered: part of a box that later ones hide
+    """Places boxes with these longer sides, one after another; None if there is no room for one."""
+    boxes, covered = np.zeros((0, 4)), np.zeros(0)  # covered: the share that later boxes hide
     for side in sides:
-        onto = len(boxes) > 0 and rng.random() < 0.26  # the first of an image lies on none
+        onto = len(boxes) > 0 and rng.random() < 0.26  # whether it lies partly on an earlier one
         aspect = np.exp(rng.uniform(-0.15, 0.15))
         w, h = np.round(side * min(1, aspect)), np.round(side * min(1, 1 / aspect))
         corner = np.floor(rng.uniform(2, [width - w - 1, height - h - 1], (80, 2)))
@@ -80,16 +81,16 @@ def lay_out(sides: np.ndarray, width: int, height: int, rng: np.random.Generator
 def place(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
     """1 to 6 boxes in an image, the largest first: (G, 4) xyxy, whole pixels.
 
-    The longer side is log-uniform from 20 to 220 px. Boxes are 3 px apart, except that about every
-    fifth lies partly on an earlier one, of which half at least stays uncovered.
+    The longer side is log-uniform from 20 to 220 px. Boxes are 3 px or more apart, but about every
+    fifth lies partly on an earlier one, of which at least half stays uncovered.
     """
-    how_many = rng.integers(1, 7, 2).max()  # many boxes an image: fewer images to learn from
+    how_many = rng.integers(1, 7, 2).max()  # more boxes per image need fewer images to learn from
     sides = np.sort(20 * 11 ** rng.random(how_many))[::-1]  # (G,)
     for attempt in itertools.count(1):
         boxes = lay_out(sides, width, height, rng)
         if boxes is not None:
             return boxes
-        if attempt % 20 == 0:  # there is hardly room: the largest gives way
+        if attempt % 20 == 0:  # hardly any room: make the largest smaller
             sides = np.sort(np.append(sides[1:], max(20.0, sides[0] * 0.9)))[::-1]
 
 
@@ -103,7 +104,7 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray, np.nd
     used = [ground]
     for (x0, y0, x1, y1), label in zip(boxes.astype(int).tolist(), labels, strict=True):
         w, h, shape = x1 - x0, y1 - y0, SHAPE_CLASSES[label - 1]
-        colours = rng.uniform(0, 255, (32, 3))  # the first that stands out from all others
+        colours = rng.uniform(0, 255, (32, 3))  # take the first that differs from all others
         apart = np.abs(colours[:, None] - np.array(used)).max(axis=2).min(axis=1)  # (32,)
         used.append(colour := colours[(apart > 120).argmax()])
         mask = Image.new("L", (w, h))
@@ -119,16 +120,16 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray, np.nd
 def draw_shapes(
     folder: str | Path, *, num_train: int = 2000, num_test: int = 300, seed: int = 0
 ) -> Path:
-    """Draws the default data set once and returns its root, for `read_voc(root, ["2007:train"])`.
+    """Draws the default data set, if it is not there -> its root, for `read_voc(root, [...])`.
 
-    A VOC tree with the sets 2007:train and 2007:test, from different seeds. Boxes are the whole
-    outline, covered parts included, in pixel edges (xmax - xmin is the width).
+    A VOC tree with the sets 2007:train and 2007:test, from different seeds. A box surrounds the
+    whole shape, covered parts included, in pixel edges (xmax - xmin is the width).
     """
     root = Path(folder) / f"shapes-4-{num_train}-{num_test}-{seed}"  # 4: version of the drawing
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))  # appears whole, or not at all
+    part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))  # renamed when it is complete
     tree = part / "VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tree / name).mkdir(parents=True)
@@ -152,7 +153,7 @@ def draw_shapes(
             )
     try:
         os.rename(part, root)
-    except OSError:  # another process was faster
+    except OSError:  # another process has made it meanwhile
         shutil.rmtree(part)
         if not root.is_dir():
             raise

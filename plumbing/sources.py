@@ -1,12 +1,12 @@
-"""From the flags of a program to records: the one place where that is done.
+"""Opens the data that the flags of a program name: flags -> records and class names.
 
     group = parser.add_argument_group("data")
     add_data_flags(group)
     records, classes = open_data(args, ["2007:trainval"])
     test, _ = open_data(args, ["2007:test"], classes)         labelled in the order of `classes`
 
-`args` has data, voc_root, coco_root, yolo_root, shapes_root, classes and drop_bad. A set may end in
-@train or @val: four fifths of it and the rest, chosen by a hash of the images' names.
+`args` has data, voc_root, coco_root, yolo_root, shapes_root, classes and drop_bad. The name of a
+set may end in @train or @val: four fifths of it, and the rest, by a hash of the images' names.
 """
 
 import copy
@@ -27,7 +27,7 @@ from plumbing.files import (
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
 
 KINDS = ("shapes", "voc", "coco", "yolo")
-SETS = {  # what is trained on and measured on by default
+SETS = {  # by default: the sets to train on, the sets to measure on
     "voc": (["2007:trainval", "2012:trainval"], ["2007:test"]),
     "coco": (["train2017"], ["val2017"]),
     "yolo": (["train"], ["val"]),
@@ -36,22 +36,22 @@ SETS = {  # what is trained on and measured on by default
 
 
 def add_data_flags(group: _ArgumentGroup) -> None:
-    """The flags that say which data there is. What to take of it (--train-sets, --eval-sets,
-    --sets) differs from program to program."""
+    """Adds the flags that say where the data is. Those that choose sets of it (--train-sets,
+    --eval-sets, --sets) differ from program to program."""
     add = group.add_argument
     add("--voc-root", metavar="DIR", help="VOC: the folder that holds VOC2007/, or the one above")
     add("--coco-root", metavar="DIR", help="COCO: the folder that holds annotations/, train2017/")
     add("--yolo-root", metavar="DIR", help="YOLO: the folder that holds images/, labels/")
-    add("--shapes-root", metavar="DIR", help="the shapes are drawn there once "
+    add("--shapes-root", metavar="DIR", help="folder into which the shapes are drawn, once "
         "(default: runs/shapes-data)")  # fmt: skip
-    add("--data", choices=KINDS, help="follows from the root that is given")
+    add("--data", choices=KINDS, help="default: follows from the root that is given")
     add("--classes", metavar="FILE", help="class names, one per line, or 'auto': those in the "
         "annotations (default: VOC's 20; COCO and YOLO list their own)")  # fmt: skip
     add("--drop-bad", action="store_true", help="leave out bad boxes and images, and list them")
 
 
 def kind_of(args: Namespace, default: str = "shapes") -> str:
-    """voc, coco, yolo or shapes: as --data says, or as follows from the root that is given."""
+    """voc, coco, yolo or shapes: what --data says, or what the given root means."""
     given = [kind for kind in ("voc", "coco", "yolo") if getattr(args, f"{kind}_root", None)]
     if len(given) > 1 and not args.data:
         flags = " and ".join(f"--{kind}-root" for kind in given)
@@ -61,7 +61,7 @@ def kind_of(args: Namespace, default: str = "shapes") -> str:
 
 
 def root_of(args: Namespace) -> Path:
-    """The folder of the data that the flags ask for; draws the shapes."""
+    """The folder of the data that the flags ask for; draws the shapes if they are not there."""
     kind = kind_of(args)
     root = getattr(args, f"{kind}_root", None)
     if kind == "shapes":
@@ -72,14 +72,14 @@ def root_of(args: Namespace) -> Path:
 
 
 def sets_there(args: Namespace) -> list[str]:
-    """Every set that the data has; the default sets where it seems to have none."""
+    """All sets of the data; the default sets if none are found."""
     kind = kind_of(args)
     readers = {"coco": coco, "yolo": yolo}
     return readers.get(kind, voc).list_sets(root_of(args)) or SETS[kind][0]
 
 
 def other_format(root: Path, kind: str) -> str:
-    """For an error message: the other format that a folder seems to have, or ""."""
+    """For an error message: which other format a folder seems to have, or ""."""
     has_names = any((root / name).is_file() for name in ("data.yaml", *yolo.NAME_FILES))
     there = {
         "yolo": has_names and yolo.labels_of(root),
@@ -93,9 +93,11 @@ def other_format(root: Path, kind: str) -> str:
 
 
 def from_run(args: Namespace, saved: dict) -> tuple[Namespace, list[str], int | None]:
-    """What to measure a checkpoint on: the flags, and where they say nothing, the data of its run
-    (`saved`: the checkpoint's args). -> (args for open_data, sets, how many of their images or
-    None for all: an --overfit run is measured on those it was trained on)."""
+    """What to measure a checkpoint on: what the flags say, else the data of its run.
+
+    `saved`: the arguments in the checkpoint. -> (args for open_data, sets, how many of their images
+    or None for all). An --overfit run is measured on the images that it was trained on.
+    """
     kind = kind_of(args, saved.get("data") or "shapes")
     saved = saved if saved.get("data") == kind else {}
     args = copy.copy(args)
@@ -118,8 +120,8 @@ def open_data(
 ) -> tuple[list[Record], tuple[str, ...]]:
     """The records of some sets, and the class names: label 1 is the first.
 
-    With `classes`, those of a network, the labels count in their order; objects of another class
-    are refused. Not `annotated`: a test set may come without annotations. `findings` collects what
+    `classes`: the classes of a network; labels then follow its order, and objects of other classes
+    are refused. annotated=False: a test set may come without annotations. `findings` collects what
     is wrong; with --drop-bad it holds what was left out.
     """
     kind, root = kind_of(args), root_of(args)
@@ -135,7 +137,7 @@ def open_data(
             records, names = yolo.read_yolo(root, sets, names, found, annotated=annotated)
         else:
             if classes is not None:
-                names = None  # any, to be compared with those of the network
+                names = None  # all that there are; relabel compares them with the network's
             elif file is None:
                 names = SHAPE_CLASSES if kind == "shapes" else voc.VOC_CLASSES
             records, names = voc.read_voc(root, sets, names, found, annotated=annotated)
@@ -164,8 +166,8 @@ def relabel(
     sets: Sequence[str],
     found: Findings,
 ) -> list[Record]:
-    """The records with labels in the order of `classes`, the network's; refuses objects of
-    others."""
+    """The records with labels in the order of the network's `classes`. Refuses objects of other
+    classes."""
     label = {one_form(name): n for n, name in enumerate(classes, start=1)}
     lookup = np.array([0] + [label.get(name, 0) for name in names])
     counts = sum((np.bincount(r.labels, minlength=len(lookup)) for r in records), 0 * lookup)

@@ -1,17 +1,17 @@
-"""VOC: one XML file per image, lists of names for the sets.
+"""Reads VOC: one XML file per image, and a list of names per set.
 
     VOC2007/Annotations/000005.xml      <annotation> with <size> and <object>s
             JPEGImages/000005.jpg
             ImageSets/Main/train.txt    000005 ...
 
-Other tools write the same XML into other folders. All of these are read, too:
+Other tools write the same XML into other folders. These layouts are read as well:
 
     images/ + annotations/              Kaggle, Label Studio, fiftyone: any of the folders' names
-    train/, valid/: both side by side   Roboflow: each folder is a set
-    images/train/ + annotations/train/  likewise
+    train/, valid/                      Roboflow: each folder is a set, pictures beside their XML
+    images/train/ + annotations/train/  each pair of folders is a set
     no lists at all                     labelme: the set `all`, or its parts all@train and all@val
 
-`<filename>`, `<path>` and `<folder>` are not used: they are of the disk of whoever drew the boxes.
+`<filename>`, `<path>` and `<folder>` are ignored: they describe the disk of whoever drew the boxes.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ VOC_CLASSES = tuple(
 MAX_DEPTH = 16  # of nested XML elements; VOC needs 4
 IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "pictures", "photos", "data")
 XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "labels", "ann")
-DIALECTS = {  # outermost elements that are not VOC's, and what to do
+DIALECTS = {  # outermost elements of other formats, and what the user can do
     "annotations": "CVAT's own format: export as Pascal VOC",
     "html": "a web page, saved in place of the file",
     "dataset": "imglab's format: convert it to VOC",
@@ -67,8 +67,9 @@ DIALECTS = {  # outermost elements that are not VOC's, and what to do
 def parse_xml(path: Path) -> list[tuple[str, str, int]]:
     """[("size/width", "500", line), ...], and ("object", "", line) where each object starts.
 
-    Bounded on any input: 16 MiB, 16 levels, and no document type, the only place that declares
-    entities (expansion bombs, files of this machine). Prefixes of namespaces are dropped.
+    Safe on any input: at most 16 MiB and 16 levels, and no document type, since that is where
+    entities are declared (which can expand without bound, or read files of this machine). Prefixes
+    of namespaces are dropped.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -120,7 +121,7 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
 
 
 def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
-    """One VOC annotation: (width, height), [(name, box, difficult, FILE:LINE), ...]."""
+    """One VOC annotation -> (width, height), [(name, box, difficult, FILE:LINE), ...]."""
     head: dict[str, str] = {}
     objects: list[dict] = []
     for tag, text, line in parse_xml(xml):
@@ -176,18 +177,18 @@ DIFFICULT = {"0": False, "1": True, "false": False, "true": True, "unspecified":
 
 
 def pictures_of(tree: Path) -> dict[str, Path]:
-    """{"000005.jpg": path, ...}"""
+    """The pictures of a tree: {"000005.jpg": path, ...}."""
     return index_tree(tree, SUFFIXES, IMAGE_FOLDERS, XML_FOLDERS)
 
 
 def annotations_of(tree: Path) -> dict[str, Path]:
-    """{"000005": path, ...}"""
+    """The annotations of a tree: {"000005": path, ...}."""
     index = index_tree(tree, ".xml", XML_FOLDERS, IMAGE_FOLDERS)
     return {key[:-4]: path for key, path in index.items()}
 
 
 def trees_of(root: Path, name: str) -> list[Path]:
-    """Where the tree of "2007:trainval" may be; without a year it is `root` itself."""
+    """The folders in which the tree of "2007:trainval" may be; without a year `root` itself."""
     year = name.rpartition(":")[0]
     folder = f"VOC{year}" if year.isdigit() else year
     trees = [root / folder, root / "VOCdevkit" / folder] if folder else [root]
@@ -197,9 +198,9 @@ def trees_of(root: Path, name: str) -> list[Path]:
 
 
 def list_sets(root: str | Path) -> list[str]:
-    """The sets of the trees in `root`, as read_voc takes them: lists, else folders, else ["all"],
-    or [] where there are no annotations. The devkit's lists of one class are left out, such as
-    dog_train.txt with its "000005 -1"."""
+    """The sets in `root`, as read_voc takes them: lists, else folders, else ["all"]; [] if there
+    are no annotations. The devkit's lists of one class are left out, such as dog_train.txt with its
+    "000005 -1"."""
     root, sets = Path(root), []
     for tree in (root, *sorted(root.glob("*")), *sorted(root.glob("VOCdevkit/*"))):
         year = "" if tree == root else re.sub(r"^VOC(?=\d+$)", "", tree.name) + ":"
@@ -219,8 +220,8 @@ def list_sets(root: str | Path) -> list[str]:
 
 
 def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
-    """("data", "2007:trainval") -> data/VOC2007 and its ImageSets/Main/trainval.txt. A set without
-    a list is a folder: its path, or for "all" the tree's, comes in place of the list's."""
+    """("data", "2007:trainval") -> data/VOC2007 and its ImageSets/Main/trainval.txt. If the set is
+    not a list but a folder, the folder comes instead of the list; for "all" that is the tree."""
     root, (year, _, split) = Path(root), name.rpartition(":")
     if not split or not stays_inside(split) or not stays_inside(year or "-"):
         raise ValueError(f"set {name!r}: expected YEAR:SPLIT such as 2007:trainval, or SPLIT")
@@ -260,7 +261,7 @@ def find_set(root: str | Path, name: str) -> tuple[Path, Path]:
 def names_in(
     tree: Path, listing: Path, pictures: dict[str, Path], xmls: dict[str, Path], annotated: bool
 ) -> list[tuple[str, object]]:
-    """[("000005", FILE:LINE), ...] of a set: the lines of its list, or the files of its folder."""
+    """The names of a set, from its list or its folder: [("000005", FILE:LINE), ...]."""
     if listing.is_file():
         if lines := read_lines(listing):
             return lines
@@ -282,12 +283,12 @@ def read_voc(
     findings: Findings | None = None,
     annotated: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Records of some sets of VOC trees, and the class names: label 1 is the first.
+    """Reads sets of VOC trees -> (records, class names); label 1 is the first name.
 
-    `root` holds VOC2007/ (or VOCdevkit/VOC2007/) and the sets are "2007:trainval"; or `root` is
-    itself a tree and the sets are "train". Without `classes` the names are those of the
-    annotations, sorted. Not `annotated`: a set may lack all of its annotations, as VOC2012 test
-    does. Raises ValueError, naming the file.
+    Either `root` holds VOC2007/ (or VOCdevkit/VOC2007/) and a set is called "2007:trainval", or
+    `root` is a tree itself and a set is called "train". Without `classes` the names are those of
+    the annotations, sorted. annotated=False: a set may have no annotations at all, as VOC2012 test.
+    ValueError names the file.
     """
     if isinstance(classes, str) or isinstance(sets, str):
         raise ValueError(f"sets and classes are lists of names; got {sets!r}, {classes!r}")
@@ -312,7 +313,7 @@ def read_voc(
 def read_set(
     root: str | Path, name: str, annotated: bool, seen: dict[Path, str], found: Findings
 ) -> list[tuple]:
-    """[(image id, path, size, rows), ...] of one set; `seen`: where each image was listed."""
+    """One set -> [(image id, path, size, rows), ...]. `seen`: where each image was listed."""
     name, part = split_of(name)
     tree, listing = find_set(root, name)
     pictures, xmls = pictures_of(tree), annotations_of(tree)
@@ -324,7 +325,7 @@ def read_set(
 
     def last_names():
         for line, where in lines if part else ():
-            with contextlib.suppress(BadData):  # said below
+            with contextlib.suppress(BadData):  # reported in the loop below
                 yield find_image(line, where, pictures, by_id)[0].rpartition("/")[2]
 
     chosen = part_of(last_names(), part)
@@ -363,10 +364,10 @@ def read_set(
 def find_image(
     line: str, where: object, pictures: dict[str, Path], by_id: dict[str, Path]
 ) -> tuple[str, Path | None]:
-    """The id and the picture that a line of a list means; None: there is no such picture.
+    """The id and the picture that a line of a list means; (id, None) if there is no such picture.
 
-    "000005", "000005.jpg", "cam1/part00", and "000005 -1" as in the devkit's lists of one class,
-    unless an image is called just so: "scan 1.jpg".
+    Lines are "000005", "000005.jpg", "cam1/part00", or "000005 -1" in the devkit's lists of one
+    class; but "scan 1" is a name if there is a scan 1.jpg.
     """
     if not stays_inside(line):
         what = f"image id {line[:60]!r} leaves its folder"
@@ -386,7 +387,7 @@ def find_image(
 
 
 def to_records(images: Sequence[tuple], classes: list[str], found: Findings) -> list[Record]:
-    """What `read_set` found -> records; names that are no class are refused, once for each name."""
+    """What `read_set` returned -> records. Refuses unknown class names, once for each name."""
     unknown: dict[str, list[str]] = {}
     for *_, rows in images:
         for name, _, _, where in rows:

@@ -10,7 +10,7 @@ import torch
 
 from plumbing.files import BadData
 
-PREFETCH = 4  # batches that each worker prepares ahead; 2 where they are pinned for a GPU
+PREFETCH = 4  # batches that each worker prepares ahead; 2 if they are pinned for a GPU
 
 
 def identity(batch):
@@ -20,8 +20,9 @@ def identity(batch):
 def start_worker(_: int) -> None:
     """Runs first in each worker process."""
     torch.set_num_threads(1)
-    # Ctrl-C, and SIGTERM where `timeout` sends it to the whole group, are for the main process,
-    # which has a step to finish. A SIGTERM to a worker itself still ends it.
+    # Ctrl-C, and a SIGTERM that `timeout` sends to the whole process group, must reach only the
+    # main process, which has a step to finish: so each worker leaves the group. A SIGTERM to the
+    # worker itself still ends it.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -44,10 +45,10 @@ def run_workers(
         pin_memory=pin,
         worker_init_fn=start_worker,
         prefetch_factor=(2 if pin else PREFETCH) if workers else None,
-        generator=torch.Generator(),  # else it draws from the global one
+        generator=torch.Generator(),  # else it would use up numbers of the global one
     )
     # PyTorch's SIGCHLD handler can raise anywhere, even while a checkpoint is being written.
-    # Without it the wait for the next batch notices a dead worker within 5 s.
+    # So the handler from before goes back; waiting for a batch notices a dead worker within 5 s.
     main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     stream = iter(loader)

@@ -1,18 +1,19 @@
-"""YOLO: one text file per image, a line per object: class, then fractions of the image.
+"""Reads YOLO: one text file per image, a line per object: class, then fractions of the image.
 
     labels/train/a.txt      0 0.5 0.25 0.2 0.1          centre x, y, width, height
-                            1 0.1 0.1 0.3 0.1 0.2 0.4   a polygon: x, y of each corner; its box
+                            1 0.1 0.1 0.3 0.1 0.2 0.4   a polygon: x, y per corner; its box is used
     images/train/a.jpg
     data.yaml               names: [bolt, nut]          or classes.txt, obj.names: one per line
 
-Classes count from 0 here; label 1 of a record is the first name. Other tools lay it out so:
+The files number classes from 0; in a record label 1 is the first name. Layouts of other tools:
 
     train/images + train/labels, valid/...     Roboflow; data.yaml beside them
     obj.names, train.txt, obj_train_data/      darknet and CVAT: lists, labels beside the pictures
     images/, labels/, classes.txt              Label Studio: the set `all`, or all@train and all@val
 
-An image whose label file is empty or missing has no objects; missing ones are counted and said.
-An image that its EXIF turns is refused: some tools measure the stored picture, some the turned one.
+An image whose label file is empty or missing has no objects; missing files are counted and
+reported. An image with an EXIF rotation is refused, because some tools measure the stored picture
+and some the rotated one.
 """
 
 import contextlib
@@ -50,17 +51,17 @@ from plumbing.files import (
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 LABEL_FOLDERS = ("labels", "label", "annotations")
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "darknet.labels", "labels.txt")
-MANY = 20  # lines with the same fault: it is said once
+MANY = 20  # if more lines have the same fault, it is reported once
 NO_LABELS = ("classes.txt", "labels.txt", "readme.txt", "notes.txt")
 
 # ------------------------------------------------------------------------------ data.yaml
 
 
 def read_yaml(path: Path) -> dict[str, object]:
-    """The keys of a data.yaml: each a text, a list of texts, or a mapping such as {"0": "bolt"}.
+    """Reads a data.yaml: {key: a text, a list of texts, or a mapping such as {"0": "bolt"}}.
 
-    Reads what the YOLO tools write, not all of YAML: `key: value`, and lists and mappings in
-    brackets or on lines of their own. Each character is looked at once, whatever the file holds.
+    It understands what the YOLO tools write, not all of YAML: `key: value`, and lists and mappings
+    in brackets or on lines of their own. The time is linear in the size of the file.
     """
     lines = []
     for n, line in enumerate(read_text(path).splitlines(), 1):
@@ -94,7 +95,7 @@ def read_yaml(path: Path) -> dict[str, object]:
             block.append((lines[n][0].strip(), lines[n][1]))
             n += 1
         if value:
-            values[key] = unquoted(value)  # what is indented below it is of no interest here
+            values[key] = unquoted(value)  # indented lines below it are ignored
         elif block and block[0][0].startswith("-"):
             values[key] = [unquoted(item.removeprefix("-")) for item, _ in block]
         elif block:
@@ -103,12 +104,12 @@ def read_yaml(path: Path) -> dict[str, object]:
 
 
 def pieces_of(text: str, stop: str) -> Iterator[int]:
-    """Where `stop` stands in a line of YAML outside of quotes. A quote opens only at the start of a
-    value: "driver's" has none."""
+    """The positions of `stop` in a line of YAML outside of quotes. A quote opens only at the start
+    of a value: "driver's" has none."""
     quote, start = "", True
     for n, letter in enumerate(text):
         if quote:
-            quote, start = ("", True) if letter == quote else (quote, False)  # '' is a quote, too
+            quote, start = ("", True) if letter == quote else (quote, False)  # '' is one quote
             continue
         if letter in "'\"" and start:
             quote = letter
@@ -118,7 +119,7 @@ def pieces_of(text: str, stop: str) -> Iterator[int]:
 
 
 def without_comment(text: str) -> str:
-    """Without the # that follows a space, or starts the line, and what follows."""
+    """The text without its comment: a # at the start or after a space, and all behind it."""
     for n in pieces_of(text, "#"):
         if n == 0 or text[n - 1] in " \t":
             return text[:n].rstrip()
@@ -151,13 +152,14 @@ def pair(text: str, where: str) -> tuple[str, str]:
 
 
 def folder_of(root: str | Path) -> Path:
-    """The root, also where its data.yaml was given."""
+    """The root folder; `root` may also be the data.yaml in it."""
     root = Path(root)
     return root.parent if root.is_file() and root.suffix in (".yaml", ".yml") else root
 
 
 def settings_of(root: Path) -> tuple[dict[str, object], Path | None]:
-    """data.yaml, dataset.yaml or the only .yaml of the folder, read; {} where there is none."""
+    """The content and path of data.yaml, dataset.yaml or another .yaml of the folder; ({}, None)
+    if there is none."""
     files = sorted(p for s in ("*.yaml", "*.yml") for p in root.glob(s) if p.name[0] != ".")
     named = [p for p in files if p.stem in ("data", "dataset")] or files
     if not named:
@@ -166,7 +168,7 @@ def settings_of(root: Path) -> tuple[dict[str, object], Path | None]:
 
 
 def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], object]:
-    """The class names by their number, and the file that has them."""
+    """The class names in the order of their numbers, and the file they were found in."""
     names = settings.get("names")
     if isinstance(names, dict):
         numbers = sorted((int(number(key)), name) for key, name in names.items() if key.isdigit())
@@ -186,7 +188,7 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
 def which_names(
     root: Path, settings: dict, file: Path | None, classes: Iterable[str] | None
 ) -> tuple[list[str], object]:
-    """`names_of`, or `classes` where the data has no names; both must be the same."""
+    """`names_of`, or `classes` if the data has no names. If both exist they must agree."""
     if classes is None:
         return names_of(root, settings, file)
     classes = list(classes)
@@ -201,26 +203,26 @@ def which_names(
 
 
 def pictures_of(root: Path) -> dict[str, Path]:
-    """{"train/a.jpg": path, ...}"""
+    """The pictures below the root: {"train/a.jpg": path, ...}."""
     return index_tree(root, SUFFIXES, IMAGE_FOLDERS, LABEL_FOLDERS)
 
 
 def labels_of(root: Path) -> dict[str, Path]:
-    """{"train/a": path, ...}; labels may lie beside the pictures."""
+    """The label files below the root, which may lie beside the pictures: {"train/a": path, ...}."""
     index = index_tree(root, ".txt", LABEL_FOLDERS + IMAGE_FOLDERS, ())
     return {key[:-4]: path for key, path in index.items()}
 
 
 def list_sets(root: str | Path) -> list[str]:
-    """Lists, else folders, else ["all"]; [] where there are no pictures."""
+    """The sets: lists, else folders, else ["all"]; [] if there are no pictures."""
     root = folder_of(root)
     if not root.is_dir():
         return []
     pictures, lists = pictures_of(root), []
     tails, stems = tails_of(pictures), {key.rpartition(".")[0] for key in pictures}
-    for path in sorted(root.glob("*.txt")):  # of which some are labels of pictures beside them
+    for path in sorted(root.glob("*.txt")):  # some may be labels of pictures beside them
         if path.name[0] != "." and path.name.lower() not in NO_LABELS and path.stem not in stems:
-            with contextlib.suppress(BadData):  # no text
+            with contextlib.suppress(BadData):  # not a text file
                 first = next(iter(read_lines(path)), ("", ""))[0]
                 if key_of(first, pictures, tails) in pictures:
                     lists.append(path.stem)
@@ -231,8 +233,8 @@ def list_sets(root: str | Path) -> list[str]:
 def find_set(
     root: Path, name: str, pictures: dict[str, Path], settings: dict
 ) -> list[tuple[str, object]]:
-    """[(key of `pictures`, where it is listed), ...] of a set: a list, a folder, what data.yaml
-    says, or all."""
+    """The pictures of a set, which is a list, a folder, an entry of data.yaml, or all:
+    [(key of `pictures`, where it is listed), ...]."""
     by_tail = tails_of(pictures)
 
     def listed(path: Path) -> list[tuple[str, object]]:
@@ -284,7 +286,7 @@ def find_set(
 
 
 def tails_of(pictures: dict[str, Path]) -> dict[str, list[str]]:
-    """{"a.jpg": ["train/a.jpg"], ...}"""
+    """The keys of the pictures by the name of the file alone: {"a.jpg": ["train/a.jpg"], ...}."""
     tails: dict[str, list[str]] = {}
     for key in pictures:
         tails.setdefault(key.rpartition("/")[2], []).append(key)
@@ -292,8 +294,8 @@ def tails_of(pictures: dict[str, Path]) -> dict[str, list[str]]:
 
 
 def key_of(line: str, pictures: dict[str, Path], by_tail: dict[str, list[str]]) -> str:
-    """The picture that a line of a list means, which may be a path on another machine: the longest
-    end of it that is a picture here. The path itself is never opened."""
+    """The key of the picture that a line of a list means. The line may be a path on another
+    machine: its longest end that is a picture here counts. The path itself is never opened."""
     *_, text = spellings(line, IMAGE_FOLDERS)
     parts = text.split("/")
     ends = ("/".join(parts[n:]) for n in range(len(parts)))
@@ -310,8 +312,8 @@ def read_labels(
     path: Path, size: tuple[int, int], names: Sequence[str], pose: bool, found: Findings,
     bad: dict[str, list[tuple[str, str]]], unknown: dict[str, list[str]],
 ) -> list[tuple[int, list[float]]]:  # fmt: skip
-    """[(class, box xyxy in pixels), ...] of one label file. `pose`: keypoints follow each box.
-    Lines that are not YOLO's go into `bad`, classes without a name into `unknown`."""
+    """Reads one label file -> [(class, box xyxy in pixels), ...]. `pose`: keypoints follow each
+    box. Lines that are not YOLO's are added to `bad`, classes without a name to `unknown`."""
     rows, (w, h) = [], size
     for line, where in read_lines(path):
         words = line.split()
@@ -340,7 +342,7 @@ def read_labels(
         else:
             x, y, bw, bh = values[1:5]
             corners = x - bw / 2, y - bh / 2, x + bw / 2, y + bh / 2
-        # a millionth of a pixel: whole pixels that became fractions are whole again
+        # rounded to a millionth of a pixel: whole pixels that became fractions are whole again
         box = [round(c * side, 6) for c, side in zip(corners, (w, h, w, h), strict=True)]
         if check_box(box, size, names[number_], where, found, line):
             rows.append((number_, box))
@@ -354,8 +356,8 @@ def read_yolo(
     findings: Findings | None = None,
     annotated: bool = True,
 ) -> tuple[list[Record], list[str]]:
-    """Records of some sets, and the class names: label k is class k - 1 of the files. `classes`
-    names them where the data does not. Raises ValueError, naming file and line."""
+    """Reads sets -> (records, class names). Label k is class k - 1 of the files. `classes` names
+    them if the data does not. ValueError names file and line."""
     if isinstance(classes, str) or isinstance(sets, str) or not sets:
         raise ValueError(f"sets and classes are lists of names; got {sets!r}, {classes!r}")
     root, found = folder_of(root), findings or Findings()
@@ -407,7 +409,7 @@ def read_yolo(
             found.refuse(error.where, error.what, error.kind)
     for what, lines in bad.items():
         count = len(lines)
-        if count > MANY:  # one cause
+        if count > MANY:  # probably one reason: report it once
             lines = [(lines[0][0], f"{lines[0][1]}, and in {count - 1} other lines")]
         for where, line in lines:
             text = f"{what}; got {line[:100]!r}"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train
 from experiments import convert
 from scratchdet import VOC_CLASSES, Config, ScratchDet, load_detector
 
@@ -32,11 +33,10 @@ def randomise(model, rng):
     return model.eval()
 
 
-def started(start, config):
-    """A random network of this config with what the start checkpoint holds, as train.py makes."""
-    model = ScratchDet(config)
-    model.load_state_dict(model.state_dict() | start["model"])
-    return model
+def started(path, *flags, classes=VOC_CLASSES):
+    """The network that train.py starts from with --init PATH."""
+    args = train.parse_args(["--init", str(path), "--device", "cpu", *flags])
+    return train.make_model(args, classes, None, say=lambda text: None)
 
 
 # ------------------------------------------------------------------------------ ImageNet's VGG-16
@@ -104,8 +104,9 @@ def test_pretrained_vgg16_computes_what_the_file_says(bn, batchnorm, tmp_path, r
     state = imagenet(batchnorm, rng)
     torch.save(state, tmp_path / "vgg16.pth")
     start = convert.from_vgg16(tmp_path / "vgg16.pth")
-    model = started(start, Config.from_dict(start["config"])).eval()
-    assert model.config.bn == bn
+    torch.save(start, tmp_path / "start.pt")
+    model = started(tmp_path / "start.pt", "--recipe", "voc07").eval()
+    assert (model.config.backbone, model.config.bn) == ("vgg16", bn)
     random = [k for k in model.state_dict() if k not in start["model"]]
     assert {k.split(".")[0] + "." + k.split(".")[1] for k in random} == {
         "features.extras", "head.loc", "head.conf"
@@ -180,6 +181,10 @@ def test_a_coco_detector_says_the_same_of_vocs_classes(bn, tmp_path, rng):
     convert.main(["detector", str(tmp_path / "coco.pt"), "--out", str(tmp_path / "to/start.pt")])
     model, _ = load_detector(tmp_path / "to/start.pt")  # it is a whole detector
     assert model.config == dataclasses.replace(source.config, classes=VOC_CLASSES)
+    trained = started(tmp_path / "to/start.pt", "--recipe", "voc07")
+    assert trained.config == model.config
+    for key, value in model.state_dict().items():
+        assert torch.equal(trained.state_dict()[key], value)
     assert torch.equal(model.priors_cxcywh, source.priors_cxcywh)  # COCO's, smaller than VOC's
     # background, then the official map from COCO's ids to VOC's 20 classes
     rows = [0, 5, 2, 15, 9, 40, 6, 3, 16, 57, 20, 61, 17, 18, 4, 1, 59, 19, 58, 7, 63]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (("plumbing", "ops"), ("metrics", "data", "scratchdet"), ("eval",), ("detect", "train"))
 UPWARDS = {  # the lines that reach up into experiments/: the rivals' networks, the final pages
     ("eval", "experiments.baselines"), ("train", "experiments.baselines"),
-    ("train", "experiments.report"), ("train", "experiments.page"),
+    ("train", "experiments.report"), ("train", "experiments.page"), ("train", "experiments.errors"),
     ("scratchdet", "experiments.baselines"),
 }  # fmt: skip
 
@@ -60,7 +60,9 @@ def test_nothing_outside_tests_imports_tests():
 
 def test_the_lesson_stays_short():
     counts = {name: count(ROOT / name) for name in MAIN_PATH}
-    assert sum(counts[name].lines for name in LESSON) <= 2350
+    # Code is what a reader has to follow; comments may grow where they answer a question.
+    assert sum(counts[name].code for name in LESSON) <= 1600
+    assert sum(counts[name].lines for name in LESSON) <= 2500
     for name, c in counts.items():
         assert c.longest <= 100 if c.where == "main" else c.longest <= 75, (
             name,

@@ -491,3 +491,27 @@ def test_cuda_does_not_wait(batch, op):
         getattr(ops, op)(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_copy_beside_the_network(rng):
+    """On a stream of its own, while the compute stream is busy; what comes after waits for it."""
+    from plumbing.prefetch import copy_beside
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    batch = [torch.rand(1 << 22, generator=rng).pin_memory() for _ in range(3)]
+    copy_beside(batch, "cuda")  # the first call makes the stream
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # about a tenth of a second of other work
+    there = copy_beside(batch, "cuda")
+    total = sum(x.sum() for x in there)  # queued behind both
+    assert torch.isclose(total.cpu(), sum(x.sum() for x in batch))
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(there, batch, strict=True))
+
+
+def test_copy_beside_on_a_cpu(rng):
+    from plumbing.prefetch import copy_beside
+
+    batch = [torch.rand(5, generator=rng), torch.arange(3)]
+    assert all(x is y for x, y in zip(copy_beside(batch, "cpu"), batch, strict=True))

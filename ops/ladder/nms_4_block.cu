@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int64_t group[kMost];
   __shared__ int index[kMost], kept[kMost], num_kept;
   const int t = threadIdx.x, c = t % 64, parts = kThreads / 64;
-  for (int i = t; i < count; i += kThreads) keys[i] = sort_key(boxes[i], scores[i], i);
+  for (int i = t; i < count; i += kThreads) 
+    keys[i] = Key(rank_of(boxes[i], scores[i])) << 32 | unsigned(~i);
   __syncthreads();
   for (int i = t; i < count; i += kThreads) {
     int place = 0;

@@ -338,8 +338,10 @@ def _match_full(rng):
 
 def _mined_random(rng):
     levels, c = random_int(0, 3, rng), random_int(1, 41, rng)
-    case = mined_case(rng, random_int(0, 3, rng), random_int(0, 40, rng), c, levels=levels)
-    return *case, random_int(0, 5, rng)
+    n, p = random_int(0, 3, rng), random_int(0, 40, rng)
+    logits, labels = mined_case(rng, n, p, c, levels=levels)
+    dtype = one_of((torch.float32, torch.float32, torch.bfloat16, torch.float64), rng)
+    return logits.to(dtype), labels, random_int(0, 5, rng)
 
 
 def _nms(rng, n, p):
