@@ -32,7 +32,7 @@ from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.halves import spread
+from plumbing.halves import THREADS, spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
 from plumbing.program import Help, Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
@@ -85,7 +85,7 @@ def run_detector(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
         # On a CPU several batches run at once, each on its own core; the results keep their order.
-        for some in spread(run, batches, torch.get_num_threads() if device.type == "cpu" else 1):
+        for some in spread(run, batches, THREADS if device.type == "cpu" else 1):
             found += some
             if what:
                 progress(len(found))

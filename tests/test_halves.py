@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ops
-from plumbing.halves import Halves, in_threads, spread
+from plumbing.halves import THREADS, Halves, in_threads, spread
 from scratchdet import Config, ScratchDet, multibox_loss
 
 pytestmark = pytest.mark.skipif(not ops.COMPILED["cpu"], reason="nothing is compiled here")
@@ -144,9 +144,9 @@ def test_each_thread_computes_alone(model, monkeypatch):
             lambda *_: seen.append((threading.get_ident(), torch.get_num_threads()))
         )
     network(torch.randn(4, 3, 300, 300))
-    parts = min(torch.get_num_threads(), 4)
+    parts = min(THREADS, 4)
     assert len(set(seen)) == len(seen) == parts
-    assert {threads for _, threads in seen} == {torch.get_num_threads() // parts}
+    assert {threads for _, threads in seen} == {THREADS // parts}
 
 
 def test_spread_keeps_the_order_and_looks_ahead_a_little():
