@@ -34,7 +34,7 @@ from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
 from plumbing.halves import THREADS, spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
-from plumbing.program import Progress, check_file, check_range, run_program
+from plumbing.program import Help, Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 # ----------------------------------------------------------------------------- running a detector
@@ -315,7 +315,7 @@ def check_shared(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("checkpoint", help="file that train.py wrote: network, classes, weights")
     add_shared_flags(parser)

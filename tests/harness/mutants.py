@@ -265,16 +265,16 @@ MUTANTS = [
     Mutant("micro-batches summed, not averaged", "train.py",
            "((loss_loc + loss_conf) / args.accumulate).backward()",
            "(loss_loc + loss_conf).backward()",
-           "test_train.py", "accumulation"),
+           "test_runs.py", "accumulation"),
     Mutant("no linear rule", "train.py",
            'args.lr = recipe["lr"] * scale if', 'args.lr = recipe["lr"] if',
            "test_train.py", "linear_rule"),
     Mutant("momentum lost on resuming", "train.py",
            'optimizer.load_state_dict(checkpoint["optimizer"])', "pass",
-           "test_train.py", "resumed_run and SIGTERM"),
+           "test_runs.py", "resumed_run and SIGTERM"),
     Mutant("resuming starts the stream anew", "train.py",
            "start_step=step * args.accumulate", "start_step=0",
-           "test_train.py", "resumed_run and SIGTERM"),
+           "test_runs.py", "resumed_run and SIGTERM"),
     Mutant("checkpoint written in place", "plumbing/run_folder.py",
            'open(temporary, "wb")', 'open(path, "wb")',
            "test_run_folder.py", "save_that_fails or full_disk"),
@@ -385,7 +385,7 @@ MUTANTS = [
            "test_errors.py", "command_compares"),
     Mutant("BN left in training mode at evaluation", "eval.py",
            "    model.eval()\n    try:", "    model.train()\n    try:",
-           "test_train.py", "running_statistics"),
+           "test_runs.py", "running_statistics"),
 ]
 # fmt: on
 WIDTH = max(len(mutant.what) for mutant in MUTANTS)
