@@ -41,7 +41,7 @@ from plumbing import check, fetch, sources
 from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
-from plumbing.program import check_range, run_program
+from plumbing.program import Help, check_range, run_program
 from plumbing.workers import run_workers
 
 # ------------------------------------------------------------------------------ augmentation
@@ -368,7 +368,7 @@ def draw_batch(records: list[Record], classes: list[str], seed: int, augment: st
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     sources.add_data_flags(parser.add_argument_group("data"))

@@ -33,7 +33,7 @@ from plumbing.export import export
 from plumbing.files import SUFFIXES, open_image
 from plumbing.frames import split_jpegs
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, upright
-from plumbing.program import check_file, check_range, run_program
+from plumbing.program import Help, check_file, check_range, run_program
 from scratchdet import load_detector
 
 ROOT = Path(__file__).resolve().parent
@@ -204,7 +204,7 @@ def detect_film(model, args: argparse.Namespace) -> int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("pictures", nargs="*", metavar="PICTURE|FOLDER", help="or - for JPEG frames on stdin")

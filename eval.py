@@ -32,9 +32,9 @@ from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.halves import spread
+from plumbing.halves import THREADS, spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
-from plumbing.program import Progress, check_file, check_range, run_program
+from plumbing.program import Help, Progress, check_file, check_range, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 # ----------------------------------------------------------------------------- running a detector
@@ -85,7 +85,7 @@ def run_detector(
             records, model.config.size, batch_size=batch_size, workers=workers
         )
         # On a CPU several batches run at once, each on its own core; the results keep their order.
-        for some in spread(run, batches, torch.get_num_threads() if device.type == "cpu" else 1):
+        for some in spread(run, batches, THREADS if device.type == "cpu" else 1):
             found += some
             if what:
                 progress(len(found))
@@ -315,7 +315,7 @@ def check_shared(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("checkpoint", help="file that train.py wrote: network, classes, weights")
     add_shared_flags(parser)

@@ -39,6 +39,7 @@ import ops
 from ops.reference import VARIANCES
 from plumbing.checkpoint import read_checkpoint
 from plumbing.network import check_config, check_maps, count_macs, ignored_options
+from plumbing.program import Help
 from plumbing.voc import VOC_CLASSES
 
 # Priors, one row per map: smallest and largest side in pixels, distance between two cells in pixels
@@ -606,7 +607,7 @@ def add_config_flags(group: argparse._ActionsContainer) -> None:
     add("--l2-norm", action="store_true", help="normalise conv4_3 of vgg16, as in the original SSD")
     add("--head-bn-eps", type=float, default=Config.head_bn_eps,
         help="eps of BatchNorm in the head; Caffe SSD and DSOD have 1e-3")
-    add("--priors", default=Config.priors, choices=list(PRIORS), help="their sides and ratios")
+    add("--priors", default=Config.priors, choices=list(PRIORS), help="which sides and ratios")
     add("--size", type=int, default=Config.size, help="side of the input in pixels")
     add("--std", type=float, nargs=3, default=Config.std, metavar=("R", "G", "B"),
         help="divides the input; matters only to a network without BatchNorm")
@@ -615,9 +616,7 @@ def add_config_flags(group: argparse._ActionsContainer) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the network that the flags describe."""
-    parser = argparse.ArgumentParser(
-        description="Print the network.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Print the network.", formatter_class=Help)
     add_config_flags(parser)
     try:
         print(summary(ScratchDet(Config.from_dict(vars(parser.parse_args(argv))))))

@@ -43,7 +43,7 @@ from experiments import errors, page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.halves import in_threads
-from plumbing.program import StopSignals, run_program
+from plumbing.program import Help, StopSignals, run_program
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
 # A recipe is the default of every flag that it names. `drops`: the fractions of the run after which
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     """All flags. A flag without a default here takes the recipe's."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     # fmt: off
     group = parser.add_argument_group("data (without a root: drawn shapes)")
@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, default=1, help="micro-batches per step; BN sees one at a time")
     add("--lr", type=float, help="default: the recipe's, scaled linearly with the batch size")
     add("--iterations", type=int, help="default: the recipe's, scaled to see as many images")
-    add("--minutes", type=float, help="as many iterations as fit, decided before the first step")
+    add("--minutes", type=float, help="as many iterations as fit; decided before the first step")
     add("--drops", type=float, nargs="*",
         help="fractions of the run after which the learning rate falls to a tenth")
     add("--warmup", type=float, help="fraction of the run in which the learning rate rises")

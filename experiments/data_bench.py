@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import data
+from plumbing.program import run_program
 
 try:
     import cv2
@@ -181,3 +182,7 @@ def main(count: int = 48, rounds: int = 7) -> int:
             print(f"from {source}, {rest}: {theirs / mine:.1f} times the recipe from JPEG, "
                   f"{pixels / mine:.1f} times the recipe from decoded pixels")  # fmt: skip
     return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

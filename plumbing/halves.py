@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import ops
 from ops.jit import BuildError, build
 
+THREADS = torch.get_num_threads()  # all that torch would use
+
 
 def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
     """A pool of threads, each of which may use `each` threads of OpenMP (a setting per thread)."""
@@ -125,7 +127,8 @@ class Halves(nn.Module):
         futures = [self.pool.submit(work, *part) for part in zip(*parts, strict=True)]
         wait(futures)
         errors = [error for future in futures if (error := future.exception())]
-        for error in sorted(errors, key=lambda error: "another part of the batch" in str(error)):
+        # The cause first, then those of the others that it kept from meeting.
+        for error in sorted(errors, key=lambda e: "another part of the batch failed" in str(e)):
             raise error
         return [future.result() for future in futures]
 
@@ -142,18 +145,20 @@ class Halves(nn.Module):
 
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
-    """`model`, trained by all of torch's threads on batches of `images`. Where nothing can be
+    """`model`, trained by all threads on batches of `images`. Where nothing can be
     compiled it is the model itself."""
     if not ops.COMPILED["cpu"]:
         return model
-    parts = min(torch.get_num_threads(), images, 8)
+    parts = min(THREADS, images, 8)
     try:
-        return Halves(model, parts, torch.get_num_threads() // parts)
+        network = Halves(model, parts, THREADS // parts)
     except BuildError as error:
         if os.environ.get("SCRATCHDET_OPS") == "require":
             raise
         print(f"all cores at once need one library more: {error}", file=sys.stderr)
         return model
+    torch.set_num_threads(1)  # loss and SGD between the parts: waking other threads costs more
+    return network
 
 
 def spread(function: Callable, items: Iterable, threads: int) -> Iterator:

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -65,7 +66,7 @@ struct Meeting {
         changed.notify_all();
       }
       changed.wait(lock, [&] { return aborted || round != mine; });
-      if (aborted) return ABORTED;
+      if (round == mine) return ABORTED;
     }
     for (int64_t p : where)
       if (p != place) return APART;
@@ -75,57 +76,89 @@ struct Meeting {
   }
 };
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector leaves this file
+constexpr int LANES = 16;                  // channels that are computed at once
+
+template <class W>
+struct VecOf {
+  typedef W type __attribute__((vector_size(LANES * sizeof(W))));
+};
+template <>
+struct VecOf<at::BFloat16> : VecOf<float> {};
+template <class W>
+using Vec = typename VecOf<W>::type;
+
+// `n` values of memory, or all LANES; the others are 0.
+template <class W>
+inline Vec<W> load(const W* from, int n = LANES) {
+  Vec<W> v = {};
+  std::memcpy(&v, from, n * sizeof(W));
+  return v;
+}
+
+template <class W>
+inline void store(W* to, Vec<W> v, int n = LANES) {
+  std::memcpy(to, &v, n * sizeof(W));
+}
+
+inline Vec<float> load(const at::BFloat16* from, int n = LANES) {  // the upper half of a float
+  const auto wide = __builtin_convertvector(load((const uint16_t*)from, n), Vec<uint32_t>) << 16;
+  return (Vec<float>)wide;
+}
+
+inline void store(at::BFloat16* to, Vec<float> v, int n = LANES) {  // to nearest, ties to even
+  const auto bits = (Vec<uint32_t>)v;
+  const auto rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const auto half = v == v ? rounded : rounded * 0 + 0x7fc0;  // NaN stays NaN
+  store((uint16_t*)to, __builtin_convertvector(half, Vec<uint16_t>), n);
+}
+
 // What one BatchNorm has to do; T of the images, W of the parameters.
 template <class T, class W>
 struct Norm {
+  using V = Vec<W>;
   const T* x;
   int64_t rows, channels;
   const W *weight, *bias;
   W *mean, *scale;  // of the whole batch: out of forward, into backward; scale = 1 / std
   bool relu;
 
-  // Sums of terms(row, channel, &a, &b) over the rows: floats of 64 rows, then doubles.
-  template <int C, class Terms>
-  void sums(Values& a, Values& b, Terms terms) const {
-    const int64_t n = C ? C : channels;
-    std::vector<W> part(2 * n);
-    W *s = part.data(), *q = s + n;
-    for (int64_t start = 0; start < rows; start += 64) {
-      std::fill(part.begin(), part.end(), W(0));
-      const int64_t end = std::min(rows, start + 64);
-      if constexpr (C > 0) {  // in registers
-        W u[C] = {}, v[C] = {};
-        for (int64_t r = start; r < end; ++r)
-          for (int c = 0; c < C; ++c) terms(r * C + c, c, u[c], v[c]);
-        for (int c = 0; c < C; ++c) s[c] = u[c], q[c] = v[c];
-      } else {
-        for (int64_t r = start; r < end; ++r)
-          for (int64_t c = 0; c < n; ++c) terms(r * n + c, c, s[c], q[c]);
-      }
-      for (int64_t c = 0; c < n; ++c) a[c] += s[c], b[c] += q[c];
+  // work(n, c, first, last) for pieces of 64 rows and n = LANES channels (or what is left of them)
+  // from c on: what a thread reads twice is still in its cache.
+  template <class Work>
+  void pieces(Work work) const {
+    for (int64_t first = 0; first < rows; first += 64) {
+      const int64_t last = std::min(rows, first + 64);
+      int64_t c = 0;
+      for (; c + LANES <= channels; c += LANES)
+        work(std::integral_constant<int, LANES>(), c, first, last);
+      if (c < channels) work((int)(channels - c), c, first, last);
     }
   }
 
-  template <int C>
+  static void add(Values& to, int64_t c, V values, int n) {
+    for (int i = 0; i < n; ++i) to[c + i] += values[i];
+  }
+
   int forward(Meeting& meeting, int part, int64_t place, T* y, W* running_mean, W* running_var,
               double momentum, double eps) const {
-    const int64_t n = C ? C : channels;
-    Values s(n), q(n), values{(double)rows};
-    std::vector<W> shift(n);
-    for (int64_t c = 0; c < n; ++c) shift[c] = x[c];
-    const W* from = shift.data();
-    const T* in = x;
-    sums<C>(s, q, [=](int64_t i, int64_t c, W& a, W& b) {
-      const W d = (W)in[i] - from[c];
-      a += d, b += d * d;
+    Values sum(channels), squares(channels), values{(double)rows};  // of x - its first row
+    pieces([&](auto n, int64_t c, int64_t first, int64_t last) {
+      const V from = load(x + c, n);
+      V s = {}, q = {};
+      for (int64_t r = first; r < last; ++r) {
+        const V d = load(x + r * channels + c, n) - from;
+        s += d, q += d * d;
+      }
+      add(sum, c, s, n), add(squares, c, q, n);
     });
-    for (int64_t c = 0; c < n; ++c) {
-      values.push_back(shift[c] + s[c] / rows);        // mean
-      values.push_back(q[c] - s[c] * (s[c] / rows));   // sum of squares around it
+    for (int64_t c = 0; c < channels; ++c) {
+      values.push_back((W)x[c] + sum[c] / rows);                // mean
+      values.push_back(squares[c] - sum[c] * (sum[c] / rows));  // sum of squares around it
     }
-    const int code = meeting.meet(part, place, values, [n](Values& all, const Values& more) {
+    const int code = meeting.meet(part, place, values, [&](Values& all, const Values& more) {
       const double total = all[0] + more[0];
-      for (int64_t c = 0; c < n; ++c) {
+      for (int64_t c = 0; c < channels; ++c) {
         const double apart = more[1 + 2 * c] - all[1 + 2 * c];
         all[1 + 2 * c] += apart * (more[0] / total);
         all[2 + 2 * c] += more[2 + 2 * c] + apart * apart * (all[0] * more[0] / total);
@@ -133,62 +166,64 @@ struct Norm {
       all[0] = total;
     });
     if (code != DONE) return code;
-    const double total = values[0];
-    std::vector<W> slope(n), at(n);
-    for (int64_t c = 0; c < n; ++c) {
-      const double m = values[1 + 2 * c], squares = values[2 + 2 * c];
-      mean[c] = m, scale[c] = 1 / std::sqrt(squares / total + eps);
-      slope[c] = weight[c] * scale[c], at[c] = bias[c] - mean[c] * slope[c];
+    for (int64_t c = 0; c < channels; ++c) {
+      const double total = values[0], m = values[1 + 2 * c], around = values[2 + 2 * c];
+      mean[c] = m, scale[c] = 1 / std::sqrt(around / total + eps);
       if (part == 0) {  // the buffers are those of all parts
         running_mean[c] += momentum * (m - running_mean[c]);
-        running_var[c] += momentum * (squares / std::max(1.0, total - 1) - running_var[c]);
+        running_var[c] += momentum * (around / std::max(1.0, total - 1) - running_var[c]);
       }
     }
-    const W *k = slope.data(), *b = at.data(), low = relu ? W(0) : W(-INFINITY);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < n; ++c) {
-        const W value = (W)in[r * n + c] * k[c] + b[c];
-        y[r * n + c] = value < low ? low : value;  // a NaN stays one
+    pieces([&](auto n, int64_t c, int64_t first, int64_t last) {
+      const V slope = load(weight + c, n) * load(scale + c, n);
+      const V shift = load(bias + c, n) - load(mean + c, n) * slope;
+      for (int64_t r = first; r < last; ++r) {
+        const V value = load(x + r * channels + c, n) * slope + shift;
+        store(y + r * channels + c, relu ? (value < 0 ? V{} : value) : value, n);
       }
+    });
     return DONE;
   }
 
-  template <int C>
   int backward(Meeting& meeting, int part, int64_t place, const T* dy, T* dx, W* to_weight,
                W* to_bias) const {
-    const int64_t n = C ? C : channels;
-    std::vector<W> slope(n), at(n), own(n), times(n), plus(n);
-    for (int64_t c = 0; c < n; ++c)
-      slope[c] = weight[c] * scale[c], at[c] = bias[c] - mean[c] * slope[c];
-    const W *k = slope.data(), *b = at.data(), *m = mean, low = relu ? W(0) : W(-INFINITY);
-    const T* in = x;
-    Values s(n), q(n);
-    sums<C>(s, q, [=](int64_t i, int64_t c, W& a, W& e) {
-      const W value = in[i], g = value * k[c] + b[c] <= low ? W(0) : (W)dy[i];
-      a += g, e += g * (value - m[c]);
+    Values sum(channels), products(channels), values{(double)rows};  // of g, of g * (x - mean)
+    pieces([&](auto n, int64_t c, int64_t first, int64_t last) {
+      const V middle = load(mean + c, n), slope = load(weight + c, n) * load(scale + c, n);
+      const V shift = load(bias + c, n) - middle * slope;
+      V s = {}, q = {};
+      for (int64_t r = first; r < last; ++r) {
+        const V value = load(x + r * channels + c, n), up = load(dy + r * channels + c, n);
+        const V g = relu ? (value * slope + shift <= 0 ? V{} : up) : up;
+        s += g, q += g * (value - middle);
+      }
+      add(sum, c, s, n), add(products, c, q, n);
     });
-    Values values{(double)rows};
-    for (int64_t c = 0; c < n; ++c) {
-      to_bias[c] = s[c], to_weight[c] = q[c] * scale[c];
-      values.push_back(s[c]);
-      values.push_back(q[c] * scale[c]);
+    std::vector<W> times(channels), plus(channels);  // of x, and beside it
+    for (int64_t c = 0; c < channels; ++c) {
+      to_bias[c] = sum[c], to_weight[c] = products[c] * scale[c];
+      values.push_back(sum[c]);
+      values.push_back(products[c] * scale[c]);
     }
     const int code = meeting.meet(part, place, values, [](Values& all, const Values& more) {
       for (size_t i = 0; i < all.size(); ++i) all[i] += more[i];
     });
     if (code != DONE) return code;
-    for (int64_t c = 0; c < n; ++c) {
-      const double factor = -slope[c] / values[0];
-      times[c] = factor * values[2 * c + 2] * scale[c];
-      plus[c] = factor * values[2 * c + 1] - mean[c] * times[c];
+    for (int64_t c = 0; c < channels; ++c) {
+      const double factor = -(double)weight[c] * scale[c] / values[0];
+      times[c] = factor * values[2 + 2 * c] * scale[c];
+      plus[c] = factor * values[1 + 2 * c] - mean[c] * times[c];
     }
-    const W *t = times.data(), *p = plus.data();
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < n; ++c) {
-        const int64_t i = r * n + c;
-        const W value = in[i], g = value * k[c] + b[c] <= low ? W(0) : (W)dy[i];
-        dx[i] = g * k[c] + (value * t[c] + p[c]);
+    pieces([&](auto n, int64_t c, int64_t first, int64_t last) {
+      const V slope = load(weight + c, n) * load(scale + c, n);
+      const V shift = load(bias + c, n) - load(mean + c, n) * slope;
+      const V by = load(times.data() + c, n), beside = load(plus.data() + c, n);
+      for (int64_t r = first; r < last; ++r) {
+        const V value = load(x + r * channels + c, n), up = load(dy + r * channels + c, n);
+        const V g = relu ? (value * slope + shift <= 0 ? V{} : up) : up;
+        store(dx + r * channels + c, g * slope + (value * by + beside), n);
       }
+    });
     return DONE;
   }
 };
@@ -207,10 +242,7 @@ void with_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
     const Norm<T, W> norm{x.const_data_ptr<T>(), rows, channels, weight.const_data_ptr<W>(),
                           bias.const_data_ptr<W>(), mean.mutable_data_ptr<W>(),
                           scale.mutable_data_ptr<W>(), relu};
-    int code = DONE;
-    if (channels == 16) code = call.template operator()<16, T, W>(norm);
-    else if (channels == 32) code = call.template operator()<32, T, W>(norm);
-    else code = call.template operator()<0, T, W>(norm);
+    const int code = call.template operator()<T, W>(norm);
     TORCH_CHECK(code != ABORTED, "another part of the batch failed");
     TORCH_CHECK(code != APART, "another part of the batch is at another layer");
   };
@@ -227,8 +259,8 @@ struct JointNorm : torch::autograd::Function<JointNorm> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor x = in_rows(images), y = at::empty_like(x);
     const Tensor mean = at::empty_like(weight), scale = at::empty_like(weight);
-    with_norm(x, weight, bias, mean, scale, relu, [&]<int C, class T, class W>(const auto& norm) {
-      return norm.template forward<C>(*(Meeting*)meeting, part, 2 * place, y.mutable_data_ptr<T>(),
+    with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm) {
+      return norm.forward(*(Meeting*)meeting, part, 2 * place, y.mutable_data_ptr<T>(),
                                       running_mean.mutable_data_ptr<W>(),
                                       running_var.mutable_data_ptr<W>(), momentum, eps);
     });
@@ -248,8 +280,8 @@ struct JointNorm : torch::autograd::Function<JointNorm> {
     const auto number = [&](const char* name) { return ctx->saved_data[name].toInt(); };
     Meeting& meeting = *(Meeting*)number("meeting");
     with_norm(x, weight, saved[2], saved[3], saved[4], ctx->saved_data["relu"].toBool(),
-              [&]<int C, class T, class W>(const auto& norm) {
-                return norm.template backward<C>(
+              [&]<class T, class W>(const auto& norm) {
+                return norm.backward(
                     meeting, number("part"), 2 * number("place") + 1, dy.const_data_ptr<T>(),
                     dx.mutable_data_ptr<T>(), to_weight.mutable_data_ptr<W>(),
                     to_bias.mutable_data_ptr<W>());

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from plumbing.halves import THREADS
+
 
 def check_device(name: str) -> None:
     """ValueError unless `name` is a device of this machine."""
@@ -57,8 +59,7 @@ def processor(device: torch.device | str) -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):  # no such file; no such line in it
         name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {THREADS} thread{'s' if THREADS > 1 else ''}"
 
 
 def hardware(device: torch.device | str) -> str:

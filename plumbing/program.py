@@ -1,5 +1,6 @@
 """What every program needs: how it fails, shows its progress, and is stopped."""
 
+import argparse
 import contextlib
 import errno
 import math
@@ -81,6 +82,15 @@ def check_file(path: str | None, *inputs: str | Path) -> None:
     if any(file == Path(name).resolve() for name in inputs):
         raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
     file.parent.mkdir(parents=True, exist_ok=True)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default to its help text, unless there is none or the text says it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        none = action.default is None or action.default is False or action.default == ()
+        said = none or "default:" in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:

@@ -26,6 +26,7 @@ from data import (
 )
 from ops.reference import jitter_colour
 from plumbing import cache as image_cache
+from plumbing import machine
 from plumbing.files import BadData, Record, decode_pixels, open_record
 from plumbing.shapes import SHAPE_CLASSES, draw_image, draw_shapes, outline
 from plumbing.voc import read_voc
@@ -281,6 +282,8 @@ def test_prepare_fills_with_the_mean_and_orders_the_channels(records):
 
 @pytest.mark.cuda
 def test_prepare_on_the_gpu_equals_the_cpu(records):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     batch = next(batches(records, 96, batch_size=14, seed=1))
     there = prepare(data.to_device(batch, "cuda"), CONFIG)
     here = prepare(batch, CONFIG)
@@ -464,7 +467,7 @@ def test_a_truncated_cache_is_rebuilt(tmp_path, records):
 
 
 def test_a_cache_that_does_not_fit_says_so_before_it_starts(tmp_path, records, monkeypatch):
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: (1 << 40, 0, 10))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: (1 << 40, 0, 10))
     with pytest.raises(
         ValueError, match=r"--cache .* GB needed for 14 decoded images, 0.0 GB free"
     ):
@@ -480,7 +483,7 @@ def test_what_a_killed_build_left_is_space_for_the_next(tmp_path, records, monke
         left = sum(p.stat().st_size for p in Path(folder).glob("*.part"))
         return (1 << 40, 0, size + (65 << 20) - left)
 
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", almost_full)
+    monkeypatch.setattr(machine.shutil, "disk_usage", almost_full)
     assert image_cache.build_cache(records, tmp_path) == path
 
 

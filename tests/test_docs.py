@@ -62,7 +62,9 @@ def test_commands_that_are_named_exist():
     for page in [*PAGES, *CODE]:
         name, text = page.relative_to(ROOT).as_posix(), words_of(page)
         for module in re.findall(r"-m (experiments(?:\.[a-z]\w*)+)", text):
-            assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name}: -m {module}"
+            path = ROOT / f"{module.replace('.', '/')}.py"
+            assert path.exists(), f"{name}: -m {module}"
+            assert "__main__" in words_of(path), f"{name}: -m {module} would do nothing"
         if name not in OF_OLDER_COMMITS:
             for file in re.findall(r"python ([\w/]+\.py)\b", text):
                 assert (ROOT / file).exists(), f"{name}: python {file}"

@@ -144,7 +144,7 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
     with pytest.raises(SystemExit):
         train.parse_args([*argv, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"images of a step, over all processes (default: {images})" in said
+    assert f"images per step, over all processes (default: {images})" in said
     assert f"factor on all channels (default: {width})" in said
 
 
