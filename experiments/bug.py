@@ -324,7 +324,7 @@ def tell(number: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("number", nargs="?", type=int, choices=range(1, len(BUGS) + 1))
     parser.add_argument("--guess", metavar="WHERE", help="a function's name, or FILE.py:LINE")
     parser.add_argument("--hint", action="store_true", help="where to look")

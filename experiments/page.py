@@ -265,7 +265,7 @@ def write_page(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("checkpoint", help="runs/NAME/last.pt, or a page that this command wrote")
     add("--images", nargs="+", metavar="PATH", help="pictures, or folders of them")

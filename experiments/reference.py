@@ -617,7 +617,7 @@ def compare_votes(clones: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("clones", type=Path, metavar="CLONES", help="folder of the five clones")
     parser.add_argument("--freeze", action="store_true", help=f"write tests/{FROZEN.name}")
     parser.add_argument("--images", type=int, default=1000, help="for matching and mining")

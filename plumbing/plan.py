@@ -5,6 +5,7 @@ Where something does not fit, the error names the flag that helps.
 
 import itertools
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,7 +32,9 @@ def size_and_share(text: str) -> tuple[int, float]:
 def check_flags(args: Namespace, given: Namespace) -> None:
     """ValueError where a number is out of range or two flags contradict each other."""
     check_range(args, "batch_size accumulate iterations save_every", 1)
-    check_range(args, "overfit lr seed workers eval_every", 0)
+    check_range(args, "overfit workers eval_every", 0)
+    check_range(args, "lr", 0, sys.float_info.max)
+    check_range(args, "seed", 0, 2**63 - 1)
     check_range(args, "warmup drops", 0, 1)
     check_range(args, "minutes", 0.01)
     if not args.out:
@@ -63,7 +66,7 @@ def micro_batch(args: Namespace, world: int) -> int:
     if rest or micro < 1:
         raise ValueError(
             f"--batch-size {args.batch_size}: {world} rank(s) x --accumulate {args.accumulate} do "
-            f"not divide it; {max(1, micro) * parts} or {(micro + 1) * parts} would do"
+            f"not divide it; {max(1, micro) * parts} or {(max(1, micro) + 1) * parts} would do"
         )
     if micro * (world if args.sync_bn else 1) == 1 and args.bn != "none":
         raise ValueError(
@@ -157,8 +160,9 @@ def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
     device = model.priors_cxcywh.device
     needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
     if needed > free:
+        weights = memory_needed(model, 0, args.bf16)
         parts = next((n for n in range(2, micro) if micro % n == 0
-                      and memory_needed(model, micro // n, args.bf16) < free), None)  # fmt: skip
+                      and weights + (needed - weights) / n < free), None)  # fmt: skip
         remedy = (
             f"--accumulate {args.accumulate * parts} (BatchNorm then sees {micro // parts} images)"
             if parts

@@ -40,13 +40,20 @@ def run_program(main: Callable[[], object]) -> None:
         more = ": --out or --cache. Free some space, then go on with --resume" if full else ""
         print(f"error: {error}{more}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        what = str(error).splitlines()[0]
+    except (RuntimeError, MemoryError) as error:  # of a GPU, of the machine
+        what = str(error).splitlines()[0] if str(error) else "out of memory."
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         print(f"error: {what} Try a smaller --batch-size or, in training, --accumulate 2",
               file=sys.stderr)  # fmt: skip
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: of a GPU with a class of its own, of a CPU in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def silence_output() -> bool:
