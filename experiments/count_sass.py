@@ -3,9 +3,9 @@
     python -m experiments.count_sass [--ops FOLDER]      needs nvcc and nvdisasm; two minutes
 
 nvdisasm comes with the CUDA toolkit, or with `pip install nvidia-cuda-nvdisasm`. A row per kernel:
-registers, shared memory of a block, instructions in all; blocks that fit a multiprocessor (H100 and
-H200 alike); and for each of its hot loops, named by a piece of its source: how many instructions and
-how many loads from memory and shared memory it takes per item.
+registers, shared memory of a block, instructions in all; blocks that fit a multiprocessor (of an
+H100 or H200); and for each of its hot loops, named by a piece of its source, how many instructions
+and how many loads from memory and from shared memory it takes per item.
 
 From them, and from how often each loop runs for the input that stands in the row, follow two lower
 bounds for an H200: the time to issue the instructions (4 a cycle on each of 132 multiprocessors, at
@@ -39,7 +39,7 @@ class Loop(NamedTuple):
     item: str  # the opcode that stands for one item of its work
     times: float  # items of a thread
     of: float = 1.0  # items that one such instruction handles
-    share: float = 1.0  # how much of the loop's body a warp walks through, for branches jump over some
+    share: float = 1.0  # how much of the loop's body a warp walks through: branches jump over some
 
 
 class Work(NamedTuple):
@@ -63,7 +63,7 @@ WORK = {
     "score_kernel<float>": Work(
         "batch 32, every score passes", 32 * 69, 128, rows_of(32) * (C + C - 1) * 4 / 1e6,
         (COPY, Loop("best = fmaxf", "LDS", C), Loop("expf(row[c] - best)", "MUFU.EX2", C),
-         Loop("score > threshold", "STG", C - 1)), 128 * C * 4,
+         Loop("score > threshold", "STG", C - 1)), shared=128 * C * 4,
     ),
     "class_kernel<true>": Work(
         "batch 32, every score passes", 32 * 20, 256, rows_of(32) * 20 * 4 / 1e6,
@@ -75,7 +75,8 @@ WORK = {
         (Loop("a.x1 < b.x2", "VOTE", 3 * 7, 1 / 3, share=0.4),), straight=0.5,
     ),
     "colour_kernel<BFloat16>": Work(
-        "batch 128, every step on", 128 * 88, 256, 128 * 9e4 * 9 / 1e6, shared=1024 * 6, straight=0.55,
+        "batch 128, every step on", 128 * 88, 256, 128 * 9e4 * 9 / 1e6,
+        shared=1024 * 6, straight=0.55,
     ),
     "row_kernel<float>": Work(
         "batch 128", P, 128, rows_of(128) * (C * 4 + 16) / 1e6,
@@ -90,7 +91,8 @@ WORK = {
         (Loop("zeros[k]", "STG", C),), straight=0.3,
     ),
     "sort_kernel": Work(
-        f"{P} boxes", 137, 256, P * 8 * 137 / 1e6, (Loop("even += some[k] >= least", "LDS", P / 4, 4),)
+        f"{P} boxes", 137, 256, P * 4 * 137 / 1e6,
+        (Loop("even += some[k] >= least", "LDS", P / 4, 4),),
     ),
     "tile_kernel": Work("4096 boxes: a panel", 64 * 65 // 2, 64, 64 * 65 // 2 * 64 * 8 / 1e6,
                         (Loop("my_group", "LDS.128", 64, share=0.35),)),
@@ -107,7 +109,9 @@ def find(program, package=""):
     """On the PATH, in CUDA_HOME, in the usual folder or among pip's packages; or None."""
     pip = importlib.util.find_spec("nvidia")
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    folders += [p for f in (pip.submodule_search_locations if pip else []) for p in Path(f).glob("*/bin")]
+    folders += [
+        p for f in (pip.submodule_search_locations if pip else []) for p in Path(f).glob("*/bin")
+    ]
     found = shutil.which(program)
     return found or next((str(f / program) for f in folders if (f / program).is_file()), None)
 
@@ -146,7 +150,9 @@ def disassemble(text, folder):
 
 def loops_of(code):
     """Ranges of instructions that a branch at their end repeats; the innermost ones alone."""
-    every = {(x.target, i + 1) for i, x in enumerate(code) if x.target is not None and x.target <= i}
+    every = {
+        (x.target, i + 1) for i, x in enumerate(code) if x.target is not None and x.target <= i
+    }
     every = {(a, b) for a, b in every if b - a > 10}  # shorter: an atomic that is tried again
     return [a for a in every if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in every)]
 
@@ -160,7 +166,9 @@ def per_item(code, loop):
         items = sum(x.opcode.startswith(loop.item) for x in body) * loop.of
         if items and any(loop.anchor in x.line for x in body):
             count = Counter(x.opcode.split(".")[0] for x in body)
-            candidates.append((items, len(body) / items, count["LDG"] / items, count["LDS"] / items))
+            candidates.append(
+                (items, len(body) / items, count["LDG"] / items, count["LDS"] / items)
+            )
     return max(candidates)[1:] if candidates else None
 
 
@@ -218,8 +226,9 @@ def main():
         print(f"no {' and no '.join(missing)} on this machine: nothing was counted ({hint})")
         return 0
     print("Estimated from counts, not measured: lower bounds for an H200.\n")
-    print("| kernel | registers | shared bytes | blocks a multiprocessor | instructions | a loop: "
-          "instructions, loads, shared loads per item | input | issue, us | bytes, us |")  # fmt: skip
+    print("| kernel | registers | shared bytes | blocks per multiprocessor | instructions "
+          "| a loop: instructions, loads, shared loads per item "
+          "| input | issue, us | bytes, us |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(ops.glob("*.cu")):

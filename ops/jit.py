@@ -201,10 +201,10 @@ def _run_all(jobs, started):
 
 
 def _run(command):
-    """-> the command and what it said; BuildError where it fails."""
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    """-> the command and what it said; CompilerFailed if it fails."""
+    env = {**os.environ, "TMPDIR": tempfile.gettempdir()}  # nvcc dies of one that is not there
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(command, env=env, **pipes)
     said = f"{shlex.join(command)}\n{done.stdout.decode(errors='replace')}"
     if done.returncode:
         raise CompilerFailed(said)

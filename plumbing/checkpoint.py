@@ -14,6 +14,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     are verified, which torch.load does not do. ValueError says what is wrong and what to try.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("a folder or a device")
         with zipfile.ZipFile(path) as file:
             # torch does not compress. Compressed entries could be a zip bomb; entries with other
             # attributes come from a flipped bit, which can turn a file into a folder.

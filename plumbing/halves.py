@@ -15,6 +15,8 @@ same number of threads the bits are the same, however busy the machine is.
 """
 
 import copy
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ops
-from ops.jit import build
+from ops.jit import BuildError, build
 
 THREADS = torch.get_num_threads()  # all that torch would use
 
@@ -147,9 +149,16 @@ def in_threads(model: nn.Module, images: int) -> nn.Module:
     compiled it is the model itself."""
     if not ops.COMPILED["cpu"]:
         return model
-    torch.set_num_threads(1)  # loss and SGD between the parts: waking other threads costs more
     parts = min(THREADS, images, 8)
-    return Halves(model, parts, THREADS // parts)
+    try:
+        network = Halves(model, parts, THREADS // parts)
+    except BuildError as error:
+        if os.environ.get("SCRATCHDET_OPS") == "require":
+            raise
+        print(f"all cores at once need one library more: {error}", file=sys.stderr)
+        return model
+    torch.set_num_threads(1)  # loss and SGD between the parts: waking other threads costs more
+    return network
 
 
 def spread(function: Callable, items: Iterable, threads: int) -> Iterator:

@@ -4,12 +4,15 @@ import copy
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import eval as evaluation
 import ops
 from plumbing.halves import THREADS, Halves, in_threads, spread
+from plumbing.voc import read_voc
 from scratchdet import Config, ScratchDet, multibox_loss
 
 pytestmark = pytest.mark.skipif(not ops.COMPILED["cpu"], reason="nothing is compiled here")
@@ -169,3 +172,17 @@ def test_spread_keeps_the_order_and_looks_ahead_a_little():
     assert list(results) == [i * i for i in range(1, 20)]
     with pytest.raises(ZeroDivisionError):
         list(spread(lambda i: 1 / i, [1, 0, 1], 2))
+
+
+def test_evaluation_in_threads_finds_the_same(model, shapes_root, monkeypatch):
+    """Whole batches in threads of their own: bit for bit what one thread finds."""
+    model = ScratchDet(model.config)
+    records = read_voc(shapes_root, ["2007:train"])[0][:7]
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(evaluation, "THREADS", threads)
+        found.append(evaluation.run_detector(model, records, batch_size=2, what=None))
+    assert len(found[0]) == 7
+    assert any(len(one.scores) for one in found[0])
+    for one, other in zip(*found, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -249,6 +249,7 @@ def test_postprocess_ties_and_by_hand(emulated, rng):
 
 
 def test_postprocess_odd_numbers(emulated, rng):
+    test_ops.test_postprocess_at_the_threshold("cpu")
     test_ops.test_postprocess_odd_numbers("cpu", rng)
 
 
@@ -350,16 +351,17 @@ def test_fuzz_cpu_kernels():
 
 
 # One barrier of each op, all taken out of one copy: (file, how many barriers stand before it, op,
-# case of the fuzz script). select.h is postprocess's, too: a copy of its own.
+# case of the fuzz script). The headers serve several ops: a copy of its own for each.
 RACES = [
     [
         ("colour.cu", 0, "colour", 0),  # the tile of results
         ("match.cu", 1, "match", 0),  # the tile of boxes is read before it is full
         ("nms.cu", 1, "nms", 1),  # survivors of the chunk
-        ("postprocess.cu", 1, "postprocess", 34),  # the tile of logits
-        ("mined_cross_entropy.cu", 1, "mined_cross_entropy", 3),  # the count of the positives
+        ("postprocess.cu", 0, "postprocess", 13),  # the candidates
+        ("mined_cross_entropy.cu", 1, "mined_cross_entropy", 13),  # the count of the positives
     ],
-    [("select.h", 1, "postprocess", 34)],  # the histogram
+    [("select.h", 1, "postprocess", 13)],  # the histogram
+    [("rows.h", 0, "mined_cross_entropy", 13)],  # the tile of logits
 ]
 
 

@@ -1,5 +1,6 @@
 """Every planted bug must turn the tests red: the table of harness/mutants.py."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,4 +25,7 @@ def test_every_bug_can_be_planted():
         text = (mutants.ROOT / mutant.file).read_text()
         assert text.count(mutant.old) == 1, f"{mutant.what}: {mutant.file}: {mutant.old}"
         assert mutant.old != mutant.new
-        assert (mutants.ROOT / "tests" / mutant.tests).is_file()
+        tests = (mutants.ROOT / "tests" / mutant.tests).read_text()
+        names = re.findall(r"def (test_\w+)", tests)
+        first = [choice.split()[0] for choice in mutant.where.split(" or ")]
+        assert any(word in name for word in first for name in names), (mutant.what, mutant.where)

@@ -441,6 +441,20 @@ def test_postprocess_ties(device, rng):
     assert ops.postprocess(*args, max_detections=1)[2].tolist() == [[1]]
 
 
+def test_postprocess_at_the_threshold(device):
+    """What the kernels sort out before they divide, or before the exponential, is below it indeed:
+    of 200 scores within 1e-4 of the threshold, just those above it are found."""
+    centre = (torch.arange(200) + 0.5) / 200
+    priors = torch.stack([centre, torch.full((200,), 0.5), *torch.full((2, 200), 1e-3)], dim=1)
+    for threshold in (1e-6, 0.01, 0.3, 0.9):
+        near = torch.linspace(-1e-4, 1e-4, 200) + float(np.log(threshold / (1 - threshold)))
+        logits = torch.stack([torch.zeros(200), near], dim=1)[None]  # (1, P, 2)
+        arguments = [x.to(device) for x in (torch.zeros(1, 200, 4), logits, priors)]
+        count = int(ops.postprocess(*arguments, threshold, 400, 0.45, 200)[3])
+        score = logits.double().softmax(2)[..., 1] / threshold
+        assert (score > 1 + 2e-6).sum() <= count <= (score > 1 - 2e-6).sum()
+
+
 @pytest.mark.parametrize("background", [8.0, 0.0], ids=["trained", "untrained"])
 def test_postprocess_full_size(device, rng, background):
     """8,732 priors and 21 classes; untrained, every one of 174,640 pairs passes the threshold."""
