@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant("the halves of DSOD's maps swapped", "experiments/baselines.py",
            "[self.handed_on(self.pool(x)), self.learned(x)]",
            "[self.learned(x), self.handed_on(self.pool(x))]",
-           "test_fidelity.py", "dsod300"),
+           "test_fidelity.py", "networks_compute and dsod300"),
     Mutant("a bottleneck of SSD321 without its middle 3x3", "experiments/baselines.py",
            "conv_bn(mid, mid, 3, padding=dilation, dilation=dilation, bn=bn),\n",
            "conv_bn(mid, mid, 1, bn=bn),\n",
