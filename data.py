@@ -41,6 +41,7 @@ from plumbing import check, fetch, sources
 from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
+from plumbing.prefetch import copy_beside
 from plumbing.program import Help, check_range, run_program
 from plumbing.workers import run_workers
 
@@ -333,8 +334,8 @@ def ordered_batches(
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Copies a batch to the device; from pinned memory while the GPU computes."""
-    return Batch(*(x.to(device, non_blocking=True) for x in batch))
+    """Copies a batch to the device; to a GPU while it still computes the step before."""
+    return Batch(*copy_beside(batch, device))
 
 
 def prepare(batch: Batch, config) -> Tensor:
