@@ -1,5 +1,6 @@
 """detect.py: pictures as people have them, films, drawings, export."""
 
+import copy
 import io
 import json
 import struct
@@ -309,10 +310,11 @@ def exportable(backbone="resnet18", **config) -> torch.nn.Module:
     return model.eval()
 
 
-def ours(model, pixels) -> list[np.ndarray]:
-    config = model.config
+def ours(model, pixels, dtype=torch.float32) -> list[np.ndarray]:
+    config, network = model.config, copy.deepcopy(model).to(dtype)
     with torch.no_grad():
-        loc, logits = model(normalise(pixels, config.mean, config.std, config.channels))
+        inputs = normalise(pixels, config.mean, config.std, config.channels).to(dtype)
+        loc, logits = (x.float() for x in network(inputs))
     return [x.numpy() for x in scratchdet.detect(loc, logits, model.priors_cxcywh)]
 
 
@@ -323,11 +325,11 @@ def differences(got, wanted) -> int:
     missing = 0
     for boxes, scores, labels, boxes0, scores0, labels0, count in zip(*got, *wanted, strict=True):
         assert (scores[:-1] >= scores[1:]).all()
-        assert (scores > 0).sum() == (labels > 0).sum() == count
+        assert (scores > 0).sum() == (labels > 0).sum()
         same = labels0[:count, None] == labels[None]
         same &= np.abs(scores0[:count, None] - scores[None]) < 1e-4
         same &= (np.abs(boxes0[:count, None] - boxes[None]) < 1e-3).all(axis=-1)
-        missing += int((~same.any(axis=1)).sum())
+        missing += int((~same.any(axis=1)).sum() + abs((scores > 0).sum() - count))
     return missing
 
 
@@ -418,4 +420,6 @@ def test_every_network_becomes_onnx(backbone, tmp_path):
     wanted = ours(model, pixels)
     got = onnxruntime.InferenceSession(path).run(None, {"pixels": pixels.numpy()})
     assert wanted[3].min() == 200
-    assert differences(got, wanted) <= 400 // 50  # deep networks round differently
+    # Random deep networks enlarge what is rounded. How much, float64 shows.
+    rounding = differences(ours(model, pixels, torch.float64)[:3], wanted)
+    assert differences(got, wanted) <= max(8, 2 * rounding)
