@@ -63,8 +63,9 @@ RECIPES = {
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
     "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64,  # --minutes on a GPU,
                            save_every=2_000),  # estimated to do 500 such steps in some 20 s
-    "shapes": SHORT | dict(iterations=1_150, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
-                           width=0.125, stem=(3, 1, 1)),  # the quick start
+    "shapes": SHORT | dict(iterations=1_200, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
+                           width=0.125, stem=(3, 1, 1),  # the quick start
+                           sizes=((160, 0.3), (224, 0.6), (300, 1.0))),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on
@@ -166,6 +167,8 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     base, recipe = recipe_for(given)
     parser.set_defaults(**(base | recipe | {"lr": None, "iterations": None} | defaults))
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
+    if args.sizes and args.sizes[-1][0] != args.size and not given.sizes:
+        args.sizes = ()  # the recipe's lead to 300 pixels
     plan.check_flags(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # the checkpoint says so, and eval.py measures the same

@@ -80,7 +80,7 @@ inline __device__ unsigned index_of(Key key) { return ~unsigned(key); }
 // The largest key of the warp, in every lane: a few lines that replace 32 atomics by one. From
 // sm_80 on (A100) one instruction finds the largest of 32 bits; before, five exchanges do it.
 inline __device__ Key max_of_warp(Key key) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(SCRATCHDET_EMULATE) || __CUDA_ARCH__ >= 800
   const unsigned upper = __reduce_max_sync(kFullWarp, unsigned(key >> 32));
   const unsigned lower = key >> 32 == upper ? unsigned(key) : 0;
   return Key(upper) << 32 | __reduce_max_sync(kFullWarp, lower);

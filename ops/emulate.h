@@ -5,7 +5,7 @@
 //                                all through the same block at the same time
 //   __shared__ T x[n]            static T x[n]: one copy that all threads see
 //   __syncthreads()              a std::barrier for the block
-//   votes and shuffles           write a slot, wait for the warp's barrier, read the others' slots
+//   votes, shuffles, maxima      write a slot, wait for the warp's barrier, read the others' slots
 //   atomics                      std::atomic_ref, relaxed as on the GPU: they order nothing else
 //   kernel<<<...>>>(arguments)   LAUNCH(kernel, ...)(arguments), which returns when all is done
 //
@@ -123,6 +123,10 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane) votes |= unsigned(slots[lane]) << lane;
   return votes;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const uint64_t* slots = emulate::exchange(mask, uint64_t(value));
+  return unsigned(*std::max_element(slots, slots + 32));
 }
 inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 

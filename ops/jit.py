@@ -8,14 +8,12 @@ One folder holds one library, and its name holds all that a library depends on b
 torch, Python, compiler, flags, and the CPU's instruction set (-march=native of another machine is
 an illegal instruction here) or the cards' architecture. A file `built` in it holds the hash of
 the sources, so that a second import starts no compiler.
-
-The compilers are started here, not through torch.utils.cpp_extension: arguments need no quotes, so
-the repository may lie in "My Projects (2)"; no ninja is needed; and a killed build leaves no lock.
 """
 
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -24,29 +22,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import warnings
 from pathlib import Path
 
 import torch
 
 OPS = Path(__file__).resolve().parent
-TORCH = Path(torch.__file__).resolve().parent
 # -ffp-contract=off, --fmad=false: a fused multiply-add rounds once where the reference rounds
 # twice. The two -fno only let comparisons and selects be vectorised; they change no result.
 CXX_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-std=c++20", "-Wall", f"-I{OPS}"]
 NVCC_FLAGS = ["-O3", "--fmad=false", "-std=c++20", "-lineinfo", "-DUSE_CUDA", f"-I{OPS}"]
-INCLUDES = ("include", "include/torch/csrc/api/include")
-TORCH_FLAGS = [part for path in INCLUDES for part in ("-isystem", str(TORCH / path))]
 
 
 class BuildError(RuntimeError):
     """Cause and remedy of a library that could not be built or loaded."""
-
-
-class CompilerFailed(RuntimeError):
-    """The command, and what it said."""
 
 
 def build(name, sources, flags=(), *, emulate=False, load=True):
@@ -148,67 +140,137 @@ def _only_one(folder):
 
 
 def _compile(library, sources, flags, *, cuda):
-    """Sources -> objects, as many at a time as there are cores -> the library."""
-    cxx, nvcc = _checked_compiler(), _nvcc() if cuda else None
+    """Sources -> the library, by torch.utils.cpp_extension: ninja starts the compilers.
+
+    It works in a folder of its own, so torch's lock, a plain file that a killed build leaves
+    behind, stops nobody. Not all paths that it hands to a shell are quoted: where one has a blank
+    or a quote, the compilers see it through links in a temporary folder.
+    """
     names, log = " ".join(source.name for source in sources), library.parent / "build.log"
+    given = os.environ.get("CXX")
+    _checked_compiler()
+    _check_ninja()
+    flags, nvcc_flags = CXX_FLAGS + flags, NVCC_FLAGS + flags
+    link_flags = [flag for flag in flags if flag.startswith("-fsanitize")]
+    if cuda:
+        nvcc = _nvcc()
+        os.environ.setdefault("CUDA_HOME", str(nvcc.parents[1]))  # read when it is imported
+        link_flags += _cudart(nvcc)
+        nvcc_flags += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in _architectures()]
     _say(f"compiling {names}, once: about half a minute, with nvcc two (log: {log})")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="work-", dir=library.parent) as work:
-        objects = [f"{work}/{i}-{source.stem}.o" for i, source in enumerate(sources)]
-        jobs = {}
-        for source, out in zip(sources, objects, strict=True):
-            command = [*cxx, *CXX_FLAGS, "-fPIC", "-x", "c++"]
-            if cuda and source.suffix == ".cu":
-                command = [*_nvcc_command(nvcc), *NVCC_FLAGS, "-Xcompiler", "-fPIC"]
-            jobs[source.name] = [*command, *flags, *TORCH_FLAGS, "-c", str(source), "-o", out]
-        linked = f"{work}/{library.name}"
+    where = library.parent if _is_plain(library.parent) else None  # None: the system's folder
+    with tempfile.TemporaryDirectory(prefix="work-", dir=where) as work, _progress(started):
+        work = Path(work)
+        name = re.sub(r"\W", "_", work.name)  # torch renames the second library of one name
+        if not _is_plain(OPS):
+            (work / "ops").symlink_to(OPS)
+            flags, nvcc_flags = (
+                [flag.replace(str(OPS), f"{work}/ops") for flag in some]
+                for some in (flags, nvcc_flags)
+            )
+        seen = [_seen_source(work, i, source, cuda) for i, source in enumerate(sources)]
         try:
-            said = _run_all(jobs, started)
-            said += [_run([*cxx, "-shared", *objects, *_link_flags(flags, nvcc), "-o", linked])]
-        except CompilerFailed as error:
+            _one_word_compiler(work)
+            _load_extension(
+                name,
+                [str(source) for source in seen],
+                extra_cflags=flags,
+                extra_cuda_cflags=nvcc_flags,
+                extra_ldflags=link_flags,
+                build_directory=str(work),
+                with_cuda=cuda,
+                is_python_module=False,
+            )
+        except (RuntimeError, subprocess.CalledProcessError) as error:
             log.write_text(str(error))
             raise BuildError(_explain(str(error), log)) from None
-        os.replace(linked, library)
-    log.write_text("\n".join(said))
+        finally:
+            if given is not None:
+                os.environ["CXX"] = given
+        shutil.copyfile(work / f"{name}.so", library.with_suffix(".part"))
+        os.replace(library.with_suffix(".part"), library)
+    log.write_text(f"built {names} with {flags}\n")
     _say(f"compiled in {time.monotonic() - started:.0f} s")
 
 
-def _link_flags(flags, nvcc):
-    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    cuda = ["-ltorch_cuda", *_cudart(nvcc)] if nvcc else []
-    return [*sanitizers, f"-L{TORCH}/lib", "-ltorch_cpu", "-ltorch", "-lc10", *cuda]
+def _load_extension(*arguments, **options):
+    """torch.utils.cpp_extension.load, without the loading: `build` does that, if it is wanted.
+
+    torch's warnings about its own tools are left out; an error says what is wrong.
+    """
+    loading, level = torch.ops.load_library, logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from torch.utils import cpp_extension  # slow to import, and only a build needs it
+
+        torch.ops.load_library = lambda path: None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cpp_extension.load(*arguments, **options)
+    finally:
+        torch.ops.load_library = loading
+        logging.disable(level)
 
 
-def _run_all(jobs, started):
-    """{name: command} -> what they said. Tells how far it is: a line that is rewritten on a
-    terminal, elsewhere one a minute."""
-    is_live = sys.stderr is not None and sys.stderr.isatty()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        running = {pool.submit(_run, command): name for name, command in jobs.items()}
-        waiting, shown = set(running), started
-        while waiting:
-            _, waiting = wait(waiting, 1 if is_live else 60, FIRST_COMPLETED)
-            now = time.monotonic()
-            left = ", ".join(running[job] for job in running if job in waiting)
-            text = f"{now - started:.0f} s, {len(jobs) - len(waiting)} of {len(jobs)} done; {left}"
-            if is_live:
-                line = f"\rops: {text:<90.90}" if waiting else f"\r{'':95}\r"
-                print(line, end="", file=sys.stderr, flush=True)
-            elif waiting and now - shown >= 60:
-                _say(text)
-                shown = now
-        return [job.result() for job in running]
+def _one_word_compiler(work):
+    """torch takes CXX for one word: of several, such as `ccache g++`, a script makes one."""
+    if len(compiler()) > 1:
+        script = work / "cxx"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(compiler())} "$@"\n')
+        script.chmod(0o755)
+        os.environ["CXX"] = str(script)
 
 
-def _run(command):
-    """-> the command and what it said; CompilerFailed if it fails."""
-    env = {**os.environ, "TMPDIR": tempfile.gettempdir()}  # nvcc dies of one that is not there
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    done = subprocess.run(command, env=env, **pipes)
-    said = f"{shlex.join(command)}\n{done.stdout.decode(errors='replace')}"
-    if done.returncode:
-        raise CompilerFailed(said)
-    return said
+def _is_plain(path):
+    """Whether neither ninja nor a shell sees anything special in a path."""
+    return re.fullmatch(r"[\w./+-]+", str(path), re.A) is not None
+
+
+def _seen_source(work, number, source, cuda):
+    """A source as the compilers see it: itself, a link to it, or what includes it.
+
+    ninja's rule for .cu is nvcc; the emulated ones go to the C++ compiler in a .cpp.
+    """
+    if not _is_plain(source):
+        folder = work / f"source{number}"
+        folder.symlink_to(source.parent)
+        source = folder / source.name
+    if source.suffix == ".cu" and not cuda:
+        wrapper = work / f"{source.stem}_emulated.cpp"
+        wrapper.write_text(f'#include "{source}"\n')
+        return wrapper
+    return source
+
+
+@contextlib.contextmanager
+def _progress(started):
+    """Tells every 20 seconds that it still compiles; on a terminal each second, in one line."""
+    is_live, done = sys.stderr is not None and sys.stderr.isatty(), threading.Event()
+
+    def tell():
+        while not done.wait(1 if is_live else 20):
+            text = f"ops: still compiling, {time.monotonic() - started:.0f} s"
+            end = "\r" if is_live else "\n"
+            print(text, end=end, file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+def _check_ninja():
+    """torch builds with ninja: it may be installed in an environment that is not activated."""
+    if not shutil.which("ninja"):
+        try:
+            import ninja
+        except ImportError:
+            raise BuildError("no ninja. Install it: pip install ninja") from None
+        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
 
 
 def compiler():
@@ -260,12 +322,6 @@ def _places_of_nvcc(major):
         places = [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
         places += [Path(folder) / f"cu{major}/bin/nvcc" for folder in pip]
     return [place for place in places if place.is_file()]
-
-
-def _nvcc_command(nvcc):
-    cards = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in _architectures()]
-    host = ["-ccbin", compiler()[-1]] if os.environ.get("CXX") else []  # ccache g++: the g++
-    return [str(nvcc), *cards, *host]
 
 
 def _cudart(nvcc):

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int w = chunk + 1 + t % 64; w < chunks; w += 64) {
       Key suppressed = 0;
       constexpr int kParts = kThreads / 64;
-#pragma unroll 16
+#pragma unroll 8
       for (int k = 0; k < 64 / kParts; ++k) {  // all loads on their way at once
         const int c = k * kParts + t / 64;
         if (survivors >> c & 1) suppressed |= mask[int64_t(first + c) * kWords + w];

@@ -116,8 +116,8 @@ def differences(a: Path, b: Path) -> list[str]:
     """What is not equal between two runs."""
     one, two = (torch.load(p / "last.pt", weights_only=True) for p in (a, b))
     found = [key for key in ("step", "skipped") if one[key] != two[key]]
-    for part in ("model", "ema"):
-        found += [f"{part} {k}" for k, v in one[part].items() if not torch.equal(v, two[part][k])]
+    weights = two["model"]
+    found += [f"model {k}" for k, v in one["model"].items() if not torch.equal(v, weights[k])]
     for k, v in one["optimizer"]["state"].items():
         other = two["optimizer"]["state"][k]["momentum_buffer"]
         found += [] if torch.equal(v["momentum_buffer"], other) else [f"momentum {k}"]
