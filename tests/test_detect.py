@@ -1,5 +1,6 @@
 """detect.py: pictures as people have them, films, drawings, export."""
 
+import copy
 import io
 import json
 import struct
@@ -304,13 +305,16 @@ def exportable(backbone="resnet18", **config) -> torch.nn.Module:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 1.0  # the statistics become those of the next batch
         model.train()(torch.randn(4, 3, model.config.size, model.config.size, generator=rng) * 50)
+        for loc in model.head.loc:
+            loc[-1].weight.mul_(0.1)
     return model.eval()
 
 
-def ours(model, pixels) -> list[np.ndarray]:
-    config = model.config
+def ours(model, pixels, dtype=torch.float32) -> list[np.ndarray]:
+    config, network = model.config, copy.deepcopy(model).to(dtype)
     with torch.no_grad():
-        loc, logits = model(normalise(pixels, config.mean, config.std, config.channels))
+        inputs = normalise(pixels, config.mean, config.std, config.channels).to(dtype)
+        loc, logits = (x.float() for x in network(inputs))
     return [x.numpy() for x in scratchdet.detect(loc, logits, model.priors_cxcywh)]
 
 
@@ -321,11 +325,11 @@ def differences(got, wanted) -> int:
     missing = 0
     for boxes, scores, labels, boxes0, scores0, labels0, count in zip(*got, *wanted, strict=True):
         assert (scores[:-1] >= scores[1:]).all()
-        assert (scores > 0).sum() == (labels > 0).sum() == count
+        assert (scores > 0).sum() == (labels > 0).sum()
         same = labels0[:count, None] == labels[None]
-        same &= np.abs(scores0[:count, None] - scores[None]) < 1e-5
-        same &= (np.abs(boxes0[:count, None] - boxes[None]) < 1e-4).all(axis=-1)
-        missing += int((~same.any(axis=1)).sum())
+        same &= np.abs(scores0[:count, None] - scores[None]) < 1e-4
+        same &= (np.abs(boxes0[:count, None] - boxes[None]) < 1e-3).all(axis=-1)
+        missing += int((~same.any(axis=1)).sum() + abs((scores > 0).sum() - count))
     return missing
 
 
@@ -407,10 +411,15 @@ def test_onnx_equals_ours_on_50_pictures(tmp_path, capsys):
 def test_every_network_becomes_onnx(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    size = {"scratchdet512": 512, "ssd512": 512}.get(backbone, 300)
-    model, path = exportable(backbone, width=0.01, size=size), tmp_path / "net.onnx"
+    own = {"scratchdet512": (512, "coco512"), "ssd321": (321, "voc")}
+    size, priors = own.get(backbone, (300, "voc"))
+    model = exportable(backbone, width=0.01, size=size, priors=priors)
+    path = tmp_path / "net.onnx"
     export.export(model, path)
     pixels = torch.rand(2, 3, size, size) * 255
     wanted = ours(model, pixels)
     got = onnxruntime.InferenceSession(path).run(None, {"pixels": pixels.numpy()})
-    assert differences(got, wanted) <= wanted[3].sum() // 100
+    assert wanted[3].min() == 200
+    # Random deep networks enlarge what is rounded. How much, float64 shows.
+    rounding = differences(ours(model, pixels, torch.float64)[:3], wanted)
+    assert differences(got, wanted) <= max(8, 2 * rounding)
