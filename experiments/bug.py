@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures", action="store_true", help="all twelve, for docs/lecture.md")
     args = parser.parse_args(argv)
     if args.figures:
-        write_figures(Path(args.out), ROOT / "docs" / "figures")
+        write_figures(Path(args.out).absolute(), ROOT / "docs" / "figures")
     elif args.number is None:
         if args.guess or args.hint or args.tell:
             raise ValueError(f"which bug? Expected its number, 1 to {len(BUGS)}")
@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.tell:
         print(tell(args.number))
     else:
-        play(args.number, Path(args.out))
+        play(args.number, Path(args.out).absolute())
 
 
 if __name__ == "__main__":

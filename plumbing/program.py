@@ -95,7 +95,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:
     """ValueError where one of these arguments, or one of its values, is not in [low, high]."""
-    expected = f"{low:g} or more" if high >= 2**63 - 1 else f"{low:g} to {high:g}"
+    expected = (
+        f"{low:g} or more" + ", finite" * (high < math.inf)
+        if high > 1e300
+        else f"{low:g} to {high:g}"
+    )
     for name in names.split():
         value = getattr(args, name)
         for v in value if isinstance(value, (list, tuple)) else [value]:

@@ -153,8 +153,8 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
     [
         ("--batch-size 0", "--batch-size 0: expected 1 or more"),
         ("--lr -0.1", "--lr -0.1: expected 0 or more"),
-        ("--lr nan", "--lr nan: expected 0 or more"),
-        ("--seed -1", "--seed -1: expected 0 or more"),
+        ("--lr nan", "--lr nan: expected 0 or more, finite"),
+        ("--seed -1", "--seed -1: expected 0 to 9.2"),
         ("--workers -2", "--workers -2: expected 0 or more"),
         ("--overfit -3", "--overfit -3: expected 0 or more"),
         ("--warmup 2", "--warmup 2.0: expected 0 to 1"),
