@@ -75,6 +75,7 @@ def test_what_a_killed_build_leaves_is_no_library(source):
     library = jit.build("tiny", [source])
     (library.parent / "work-of-a-killed-build").mkdir()
     (library.parent / "lock").touch()
+    library.unlink()  # this process has it open, and would end in a bus error if it were cut
     library.write_text("half")
     (library.parent / "built").write_text("half")
     assert jit.build("tiny", [source]) == library
