@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         found = Findings(collect=True)
         read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
-        return check.check(read, found, args.workers)
+        return check.check_sets(read, found, args.workers)
     records, classes = sources.open_data(args, sets[:1])
     save_sheet(args.out, draw_batch(records, classes, args.seed, args.augment), columns=6)
     print(f"{args.out}: 24 of {len(records)} images, {len(classes)} classes, {args.augment}")

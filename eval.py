@@ -27,14 +27,14 @@ from torch import Tensor
 
 import data
 from experiments import baselines  # noqa: F401  the rivals' networks
-from metrics import Detections, results_text, summarise
+from metrics import Detections, summarise
 from ops.reference import normalise
 from plumbing import machine, sources, submission
-from plumbing.coco import category_ids
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.halves import THREADS, spread
 from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
 from plumbing.program import Help, Progress, check_file, check_range, run_program
+from plumbing.tables import results_text
+from plumbing.threads import THREADS, spread
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 # ----------------------------------------------------------------------------- running a detector
@@ -96,12 +96,11 @@ def run_detector(
 
 def evaluate(
     model: ScratchDet, records: list[Record], *, metric: str = "voc",
-    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1, keep: list | None = None,
-) -> dict:  # fmt: skip
-    """Runs the model over the records and measures it -> the dict of `summarise`.
+    batch_size: int = 8, workers: int = 0, rank: int = 0, world: int = 1,
+) -> tuple[dict, list[Detections]]:  # fmt: skip
+    """Runs the model over the records and measures it -> (the dict of `summarise`, detections).
 
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
-    `keep`, a list, receives the detections.
     """
     if world > 1:
         # Each rank has its own running statistics of BatchNorm: all must use those of rank 0.
@@ -117,9 +116,7 @@ def evaluate(
         found = [None] * len(records)  # back in the order of the records
         for r, part in enumerate(parts):
             found[r::world] = part
-    if keep is not None:
-        keep[:] = found
-    return summarise(records, found, model.config.classes, metric)
+    return summarise(records, found, model.config.classes, metric), found
 
 
 def metric_of(kind: str, sets: list[str]) -> str:
@@ -244,53 +241,6 @@ def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> No
     save_sheet(path, pictures, columns=4)
 
 
-def open_test_set(
-    args: argparse.Namespace, checkpoint: dict, classes: Sequence[str]
-) -> list[Record]:
-    """The records to measure on: those that the flags name, else those of the checkpoint's run.
-
-    Writes its choice into `args` (data, eval_sets and the root), which the caller reads.
-    """
-    found, sets, first = sources.from_run(args, checkpoint.get("args") or {})
-    vars(args).update(vars(found), eval_sets=sets)
-    submission_of = vars(args).get("comp4"), vars(args).get("results")
-    if submission_of[0] and (args.data == "coco" or len(sets) > 1):
-        raise ValueError(
-            "--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
-            f"{args.data}, {' '.join(sets)}"
-        )
-    annotated = not any(submission_of)  # the servers' test sets come without annotations
-    # The labels of these records follow the network's classes, whatever the order of the data's.
-    records, _ = sources.open_data(args, sets, tuple(classes), annotated=annotated)
-    return records[:first]
-
-
-def write_outputs(args, records: list[Record], found: list[Detections], classes) -> None:
-    """Writes the files that --results, --comp4 and --draw ask for."""
-    if args.results:
-        ids = range(1, len(classes) + 1)
-        if args.data == "coco":  # its ids have gaps: 80 classes, ids from 1 to 90
-            official = category_ids(args.coco_root, args.eval_sets[0])
-            ids = [official.get(name) for name in classes]
-        submission.write_results(args.results, records, found, ids)
-        unlisted = [name for name, i in zip(classes, ids, strict=True) if i is None]
-        without = f", without {', '.join(unlisted)}: not in {args.eval_sets[0]}" if unlisted else ""
-        print(f"results: {args.results}{without}")
-    if args.comp4:  # "2012:test" -> year, split, which are in the names of the files
-        year, _, split = args.eval_sets[0].rpartition(":")
-        year = year or Path(args.voc_root).absolute().name  # the root is the tree of a year
-        year = year.removeprefix("VOC")
-        submission.write_comp4(args.comp4, records, found, classes, year, split)
-        print(f"comp4 files: {args.comp4}")
-    if args.draw:
-        folder = Path(args.draw)
-        for record, one in zip(records, found, strict=True):
-            name = record.name.replace("/", "_")
-            picture = draw_found(record, one, classes, args.min_score)
-            picture.save(folder / to_disk(f"{name}.jpg"))
-        print(f"drawn: {folder}/ (ground truth green, detections from {args.min_score:g} orange)")
-
-
 # ---------------------------------------------------------------------------------- command line
 
 
@@ -351,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     model, checkpoint = load_and_describe(args)
     classes = model.config.classes
-    records = open_test_set(args, checkpoint, classes)
+    records = sources.open_test_set(args, checkpoint.get("args") or {}, classes)
     # A test set without annotations cannot be measured here, but its detections can be written, and
     # the server measures them.
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)
@@ -378,7 +328,12 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if not any(len(f.scores) for f in found):
         print("nothing found in any image: is the checkpoint trained?")
-    write_outputs(args, records, found, classes)
+    submission.write(args, records, found, classes)
+    if args.draw:
+        for record, one in zip(records, found, strict=True):
+            picture = draw_found(record, one, classes, args.min_score)
+            picture.save(Path(args.draw) / to_disk(f"{record.name.replace('/', '_')}.jpg"))
+        print(f"drawn: {args.draw}/ (truth green, detections from {args.min_score:g} orange)")
 
 
 if __name__ == "__main__":

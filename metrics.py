@@ -1,6 +1,6 @@
 """The two standard metrics, VOC AP and COCO AP, in plain NumPy: no network, no torch.
 
-    records, one Detections per image --> voc_ap | coco_ap --> summarise --> results_text
+    records, one Detections per image --> voc_ap | coco_ap --> summarise
 
 Read `average_precision` first: the metric as a textbook has it. What comes after it decides which
 detections are right: VOC's rules, then COCO's (skip those on a first reading). Both work on one
@@ -464,7 +464,9 @@ def summarise(
         return {f"{kind}_11point": plain(eleven), f"{kind}_area": plain(area)}
 
     voc = voc_ap(records, detections, len(classes))
-    means = both(mean(voc["ap11"]), mean(voc["area"]), "mAP")
+    means, by_size = both(mean(voc["ap11"]), mean(voc["area"]), "mAP"), {}
+    for name, (low, high) in SIZES.items():  # sides in the network's image, as text
+        by_size[name] = both(*voc["by_size"][name], "mAP") | {"sides": f"{low} to {min(high, 300)}"}
     per_class, curves = {}, {}
     for c, name in enumerate(classes):
         per_class[name] = both(voc["ap11"][c], voc["area"][c], "ap")
@@ -477,7 +479,7 @@ def summarise(
         "metric": metric,
         **means,
         "per_class": per_class,
-        "by_size": {name: both(*aps, "mAP") for name, aps in voc["by_size"].items()},
+        "by_size": by_size,
         "images": len(records),
         "objects": int(sum((~r.difficult).sum() for r in records)),
         "detections": int(sum(len(d.scores) for d in detections)),
@@ -490,30 +492,3 @@ def summarise(
         for name, ap in zip(classes, coco["per_class"], strict=True):
             per_class[name]["ap_coco"] = plain(ap)
     return result
-
-
-def results_text(result: dict) -> str:
-    """The result of `summarise` as text."""
-
-    def cell(x):
-        return f"{'-' if x is None else format(x, '.4f'):>10}"
-
-    columns = ["ap_11point", "ap_area"] + ["ap_coco"] * ("coco" in result)
-    sizes = {f"{name}, {low} to {min(high, 300)} px": name for name, (low, high) in SIZES.items()}
-    width = max(map(len, [*result["per_class"], *sizes])) + 1
-    lines = [f"{'class':{width}}" + "".join(f"{c[3:]:>10}" for c in columns)]
-    for name, row in result["per_class"].items():
-        lines.append(f"{name:{width}}" + "".join(cell(row[c]) for c in columns))
-    lines.append(f"{'mean':{width}}{cell(result['mAP_11point'])}{cell(result['mAP_area'])}")
-    lines.append("by size: side of the object in the network's 300x300 image")
-    for text, name in sizes.items():
-        row = result["by_size"][name]
-        lines.append(f"{text:{width}}{cell(row['mAP_11point'])}{cell(row['mAP_area'])}")
-    if "coco" in result:
-        lines += [f"{name:{width}}{cell(value)}" for name, value in result["coco"].items()]
-    kind = {"voc07": "11-point, VOC2007", "voc": "area", "coco": "COCO AP"}[result["metric"]]
-    lines.append(
-        f"mAP {cell(result['mAP']).strip()} ({kind}); {result['objects']} objects, "
-        f"{result['detections']} detections in {result['images']} images"
-    )
-    return "\n".join(lines)

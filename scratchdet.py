@@ -38,8 +38,9 @@ from torch import Tensor, nn
 import ops
 from ops.reference import VARIANCES
 from plumbing.checkpoint import read_checkpoint
-from plumbing.network import check_config, check_maps, count_macs, ignored_options
+from plumbing.network import check_config, check_maps, ignored_options
 from plumbing.program import Help
+from plumbing.tables import network_table
 from plumbing.voc import VOC_CLASSES
 
 # Priors, one row per map: smallest and largest side in pixels, distance between two cells in pixels
@@ -115,17 +116,9 @@ class Config:
 
 
 def conv_bn(
-    c_in: int,
-    c_out: int,
-    kernel: int,
-    *,
-    bn: bool,
-    relu: bool = True,
-    stride: int = 1,
-    padding: int | None = None,
-    dilation: int = 1,
-    eps: float = 1e-5,
-) -> nn.Sequential:
+    c_in: int, c_out: int, kernel: int, *, bn: bool, relu: bool = True,
+    stride: int = 1, padding: int | None = None, dilation: int = 1, eps: float = 1e-5,
+) -> nn.Sequential:  # fmt: skip
     """Convolution -> BatchNorm -> ReLU. With BN the convolution has no bias: BN would remove it."""
     padding = kernel // 2 if padding is None else padding
     layers = [nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, bias=not bn)]
@@ -362,12 +355,9 @@ def priors_per_cell(config: Config) -> list[int]:
 
 
 def make_priors(
-    config: Config,
-    map_sizes: list[tuple[int, int]] | None = None,
-    image_hw: tuple[int, int] | None = None,
-    *,
-    same_fraction: bool = False,
-) -> Tensor:
+    config: Config, map_sizes: list[tuple[int, int]] | None = None,
+    image_hw: tuple[int, int] | None = None, *, same_fraction: bool = False,
+) -> Tensor:  # fmt: skip
     """The default boxes: (P,4) cxcywh in units of the image, not clipped (Caffe PriorBox).
 
     `map_sizes` [(H, W)] default to those of a 300x300 image, `image_hw` to the input of the config.
@@ -458,15 +448,9 @@ def assign_targets(
 
 
 def multibox_loss(
-    loc: Tensor,
-    logits: Tensor,
-    priors_cxcywh: Tensor,
-    boxes_xyxy: Tensor,
-    labels: Tensor,
-    offsets: Tensor,
-    *,
-    negatives_per_positive: int = 3,
-) -> tuple[Tensor, Tensor, Tensor]:
+    loc: Tensor, logits: Tensor, priors_cxcywh: Tensor,
+    boxes_xyxy: Tensor, labels: Tensor, offsets: Tensor, *, negatives_per_positive: int = 3,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss of SSD (eq. 1; Caffe MultiBoxLoss): (loss_loc, loss_conf, number of positives).
 
     loss_loc is the smooth L1 of the positive priors' box codes. loss_conf is the cross-entropy of
@@ -573,22 +557,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
 
 def summary(model: ScratchDet) -> str:
     """The network as a table: size, channels and priors of each map; parameters and MACs."""
-    config = model.config
-    sizes = model.map_sizes(config.size, config.size)
-    lines = [
-        f"{config.backbone}, BN {config.bn}, width {config.width:g}, "
-        f"{config.size}x{config.size}, {config.num_classes} classes with background",
-        "map      size  channels  priors per cell  priors  sides in pixels",
-    ]
-    priors = priors_per_cell(config), PRIORS[config.priors]
-    rows = zip(sizes, model.features.channels, *priors, strict=True)
-    for i, ((h, w), c, a, (small, large, *_)) in enumerate(rows, 1):
-        side = f"{small}, {math.sqrt(small * large):.1f}"
-        lines.append(f"{i:<5}{f'{h}x{w}':>8}{c:>10}{a:>17}{h * w * a:>8}  {side}")
-    parameters = sum(p.numel() for p in model.parameters())
-    lines.append(f"{len(model.priors_cxcywh):,} priors")
-    lines.append(f"{parameters:,} parameters, {count_macs(model, config.size) / 1e9:.2f} GMACs")
-    return "\n".join(lines)
+    return network_table(model, priors_per_cell(model.config), PRIORS[model.config.priors])
 
 
 def add_config_flags(group: argparse._ActionsContainer) -> None:

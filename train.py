@@ -42,8 +42,9 @@ import ops
 from experiments import errors, page, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
-from plumbing.halves import in_threads
 from plumbing.program import Help, StopSignals, run_program
+from plumbing.tables import results_text
+from plumbing.threads import in_threads
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
 # A recipe is the default of every flag that it names. `drops`: the fractions of the run after which
@@ -172,11 +173,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     plan.check_flags(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # the checkpoint says so, and eval.py measures the same
-    for root in ("voc_root", "coco_root", "yolo_root", "shapes_root"):
-        if getattr(args, root):  # absolute, so that eval.py finds it from any folder
-            setattr(args, root, str(Path(getattr(args, root)).absolute()))
-    if args.classes not in (None, "auto"):
-        args.classes = str(Path(args.classes).absolute())
+    sources.make_absolute(args)  # so that eval.py finds the data from any folder
     # The linear rule (Goyal et al. 2017): twice the batch size, twice the rate, half the steps.
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
@@ -314,11 +311,8 @@ def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, 
         test, _ = sources.open_data(args, args.eval_sets, classes, findings=found)
     if args.overfit:
         train = test = train[: args.overfit]
-    if checkpoint and checkpoint.get("images", len(train)) != len(train):
-        raise ValueError(
-            f"{args.out} was started with {checkpoint['images']} training images, the data has "
-            f"{len(train)}. Resume with the data it was started with, or choose another --out"
-        )
+    if checkpoint:
+        run_folder.check_data(args.out, checkpoint, len(train), classes)
     return train, test, classes, found.dropped_text()
 
 
@@ -328,12 +322,6 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
     names = [field.name for field in fields(Config) if hasattr(args, field.name)]
     flags = {name: getattr(args, name) for name in names} | {"classes": classes}
     model = ScratchDet(Config.from_dict(start["config"] | flags))
-    detects = tuple(start["config"].get("classes", classes))
-    if checkpoint and detects != classes:
-        raise ValueError(
-            f"{args.out}/last.pt detects {', '.join(detects)}, the data has {', '.join(classes)}. "
-            "Resume with the data it was started with, or choose another --out"
-        )
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
     elif args.init:
@@ -355,15 +343,15 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     return torch.compile(network) if args.compile else network
 
 
-def measure(model: ScratchDet, test: list, args, rank, world, keep: list | None = None) -> dict:
-    """Evaluates the model on `test`: the results, with the CPU minutes of all ranks so far."""
+def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple[dict, list]:
+    """Evaluates the model: results, with the CPU minutes of all ranks so far, and detections."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
     ranks = {"workers": args.workers, "rank": rank, "world": world}
-    results = evaluation.evaluate(model, test, metric=metric, keep=keep, **ranks)
+    results, found = evaluation.evaluate(model, test, metric=metric, **ranks)
     seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
     if world > 1:
         dist.all_reduce(seconds)
-    return results | {"cpu_minutes": round(seconds.item() / 60, 2)}
+    return results | {"cpu_minutes": round(seconds.item() / 60, 2)}, found
 
 
 def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
@@ -407,7 +395,7 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.page:
         page.describe(model)  # a network that the page cannot run is refused now
-    costs = plan.check(model, micro, args)  # a run that does not fit ends here, with a remedy
+    costs = plan.costs(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
     about = run_folder.describe(args, model.config, machine.processor(device), world)
     say(f"commit {about['commit']}, torch {about['torch']}, {about['machine']}")
@@ -455,7 +443,7 @@ def main(argv: list[str] | None = None) -> dict:
             if saves or (stop.number and world == 1):
                 log.flush()
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: measure(model, test, args, rank, world))
+                log.measured(step, lambda: measure(model, test, args, rank, world)[0])
             if lead and (saves or log.stopping):
                 log.save(step + 1, model, optimizer, images=len(train))
                 evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
@@ -465,11 +453,10 @@ def main(argv: list[str] | None = None) -> dict:
     log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
-    found: list = []
-    results = measure(model, test, args, rank, world, keep=found)
+    results, found = measure(model, test, args, rank, world)
     if lead:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
-        print(evaluation.results_text(results))
+        print(results_text(results))
         errors.write(out, test, found, classes, results)
         report.write([out], out / "report.html")
         if args.page:

@@ -13,6 +13,7 @@ import data
 import eval as evaluation
 from plumbing.files import Record
 from plumbing.program import run_program
+from plumbing.sources import open_test_set
 from scratchdet import ScratchDet, detect
 
 SECONDS = 5.0  # that each number is measured for
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     args = evaluation.parse_args(argv)
     model, checkpoint = evaluation.load_and_describe(args)
     torch.backends.cudnn.benchmark = True
-    records = evaluation.open_test_set(args, checkpoint, model.config.classes)
+    records = open_test_set(args, checkpoint.get("args") or {}, model.config.classes)
     tf32 = args.device != "cpu" and torch.backends.cudnn.allow_tf32
     print(f"float32{', convolutions in TF32' * tf32}, {model.config.size} px, images/s")
     for n in (1, 8):

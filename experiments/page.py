@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-import eval as evaluation
 from detect import find_pictures
 from experiments import baselines  # noqa: F401  their checkpoints can be read, too
 from plumbing.files import Record, decode_pixels, open_image, open_record
@@ -33,7 +32,7 @@ from plumbing.network import count_macs
 from plumbing.pictures import upright
 from plumbing.program import run_program
 from plumbing.shapes import SHAPE_CLASSES, draw_image
-from plumbing.sources import add_data_flags, kind_of
+from plumbing.sources import add_data_flags, kind_of, open_test_set
 from scratchdet import PRIORS, BasicBlock, Config, Head, ResNet, ScratchDet, load_detector
 
 HERE = Path(__file__).parent
@@ -277,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     images = args.images or []
     if not images and kind_of(args) != "shapes":
         model, checkpoint = load_detector(args.checkpoint)
-        records = evaluation.open_test_set(args, checkpoint, model.config.classes)
+        records = open_test_set(args, checkpoint.get("args") or {}, model.config.classes)
         images = [record for record in records if len(record.labels)][:PICTURES]
     write_page(args.checkpoint, args.out, images)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")

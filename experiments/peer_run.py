@@ -20,11 +20,12 @@ from torch import Tensor
 
 import data
 import eval as evaluation
-from metrics import Detections, results_text, summarise
+from metrics import Detections, summarise
 from ops.reference import per_channel
 from plumbing import machine, plan
 from plumbing.program import Progress, StopSignals, run_program
 from plumbing.run_folder import write_checkpoint, write_json
+from plumbing.tables import results_text
 from plumbing.voc import VOC_CLASSES, read_voc
 from scratchdet import Config
 

@@ -19,7 +19,7 @@ from plumbing.program import Progress
 LIST = 20  # print at most so many notes of one kind, but everything that is refused or corrected
 
 
-def check(
+def check_sets(
     sources: dict[str, Callable[[], tuple]], found: Findings, workers: int | None = None
 ) -> int:
     """Reads and decodes all sets and prints what is wrong -> the exit status: 1 if training would

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from plumbing.halves import THREADS
+from plumbing.threads import THREADS
 
 
 def check_device(name: str) -> None:

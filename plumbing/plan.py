@@ -127,11 +127,10 @@ def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: fl
     return sum(times[1:]) / (len(times) - 1)  # the first one warms up
 
 
-def check(model: nn.Module, micro: int, args: Namespace) -> tuple[float, float]:
+def costs(model: nn.Module, micro: int, args: Namespace) -> tuple[float, float]:
     """(GiB of memory per step, GB of checkpoints); ValueError with a remedy if they do not fit."""
-    costs = check_memory(model, micro, args), check_space(model, args)
     check_shared_memory(micro, args)
-    return costs
+    return check_memory(model, micro, args), check_space(model, args)
 
 
 def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:

@@ -128,6 +128,19 @@ def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Names
 LENGTH = ("iterations", "minutes")
 
 
+def check_data(out: str, checkpoint: dict, images: int, classes: tuple[str, ...]) -> None:
+    """ValueError where a resumed run would go on with other data than it was started with."""
+    before = checkpoint.get("images", images)
+    if before != images:
+        what = f"{out} was started with {before} training images, the data has {images}"
+    elif tuple(checkpoint["config"].get("classes", classes)) != classes:
+        detects = ", ".join(checkpoint["config"]["classes"])
+        what = f"{out}/last.pt detects {detects}, the data has {', '.join(classes)}"
+    else:
+        return
+    raise ValueError(f"{what}. Resume with the data it was started with, or choose another --out")
+
+
 # ------------------------------------------------------------------------------ checkpoints
 
 

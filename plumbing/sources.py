@@ -44,20 +44,25 @@ def add_data_flags(group: _ArgumentGroup) -> None:
     add("--yolo-root", metavar="DIR", help="YOLO: the folder that holds images/, labels/")
     add("--shapes-root", metavar="DIR", help="folder into which the shapes are drawn, once "
         "(default: runs/shapes-data)")  # fmt: skip
-    add("--data", choices=KINDS, help="default: follows from the root that is given")
     add("--classes", metavar="FILE", help="class names, one per line, or 'auto': those in the "
         "annotations (default: VOC's 20; COCO and YOLO list their own)")  # fmt: skip
     add("--drop-bad", action="store_true", help="leave out bad boxes and images, and list them")
 
 
 def kind_of(args: Namespace, default: str = "shapes") -> str:
-    """voc, coco, yolo or shapes: what --data says, or what the given root means."""
+    """voc, coco, yolo or shapes: what the given root means, or what is already known."""
     given = [kind for kind in ("voc", "coco", "yolo") if getattr(args, f"{kind}_root", None)]
-    if len(given) > 1 and not args.data:
-        flags = " and ".join(f"--{kind}-root" for kind in given)
-        choices = " or ".join(f"--data {kind}" for kind in given)
-        raise ValueError(f"{flags}: which of them? Say {choices}")
-    return args.data or (given[0] if given else default)
+    known = vars(args).get("data")
+    if len(given) > 1 and not known:
+        raise ValueError(f"{' and '.join(f'--{kind}-root' for kind in given)}: give one of them")
+    return known or (given[0] if given else default)
+
+
+def make_absolute(args: Namespace) -> None:
+    """Writes the roots, and the file of --classes, as absolute paths."""
+    for name in ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes"):
+        if getattr(args, name) not in (None, "", "auto"):
+            setattr(args, name, str(Path(getattr(args, name)).absolute()))
 
 
 def root_of(args: Namespace) -> Path:
@@ -67,7 +72,7 @@ def root_of(args: Namespace) -> Path:
     if kind == "shapes":
         return draw_shapes(root or "runs/shapes-data")
     if not root:
-        raise ValueError(f"--data {kind}: where is it? Expected --{kind}-root DIR")
+        raise ValueError(f"{kind}: where is it? Expected --{kind}-root DIR")
     return Path(root)
 
 
@@ -192,3 +197,22 @@ def relabel(
             labels = labels[known]
         aligned.append(record._replace(labels=labels))
     return aligned
+
+
+def open_test_set(args: Namespace, saved: dict, classes: Sequence[str]) -> list[Record]:
+    """The records to measure a checkpoint on: those that the flags name, else those of its run.
+
+    `saved`: the arguments in the checkpoint. Writes its choice into `args` (data, eval_sets and the
+    root), which the caller reads. Labels follow the network's `classes`.
+    """
+    found, sets, first = from_run(args, saved)
+    vars(args).update(vars(found), eval_sets=sets)
+    submission_of = vars(args).get("comp4"), vars(args).get("results")
+    if submission_of[0] and (args.data == "coco" or len(sets) > 1):
+        raise ValueError(
+            "--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
+            f"{args.data}, {' '.join(sets)}"
+        )
+    annotated = not any(submission_of)  # the servers' test sets come without annotations
+    records, _ = open_data(args, sets, tuple(classes), annotated=annotated)
+    return records[:first]

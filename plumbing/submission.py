@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from plumbing.coco import category_ids
 from plumbing.files import Record, to_disk
 
 
@@ -62,3 +63,22 @@ def write_comp4(
         file = path / to_disk(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
+
+
+def write(args, records: list[Record], found: list[tuple], classes: Sequence[str]) -> None:
+    """Writes the files that --results and --comp4 of eval.py ask for."""
+    if args.results:
+        ids = range(1, len(classes) + 1)
+        if args.data == "coco":  # its ids have gaps: 80 classes, ids from 1 to 90
+            official = category_ids(args.coco_root, args.eval_sets[0])
+            ids = [official.get(name) for name in classes]
+        write_results(args.results, records, found, ids)
+        unlisted = [name for name, i in zip(classes, ids, strict=True) if i is None]
+        without = f", without {', '.join(unlisted)}: not in {args.eval_sets[0]}" if unlisted else ""
+        print(f"results: {args.results}{without}")
+    if args.comp4:  # "2012:test" -> year, split, which are in the names of the files
+        year, _, split = args.eval_sets[0].rpartition(":")
+        year = year or Path(args.voc_root).absolute().name  # the root is the tree of a year
+        year = year.removeprefix("VOC")
+        write_comp4(args.comp4, records, found, classes, year, split)
+        print(f"comp4 files: {args.comp4}")

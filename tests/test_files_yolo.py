@@ -44,7 +44,7 @@ def test_a_good_tree(yolo, capsys):
 
 
 def test_roots_of_two_kinds_need_a_choice(yolo):
-    with pytest.raises(ValueError, match="--voc-root and --yolo-root: which of them.*--data yolo"):
+    with pytest.raises(ValueError, match="--voc-root and --yolo-root: give one of them"):
         kind_of(flags(yolo_root=yolo, voc_root=yolo))
 
 
@@ -284,7 +284,7 @@ def test_names_in_data_yaml_lead_to_folders_and_lists(yolo):
 
 
 def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):
-    with pytest.raises(ValueError, match="--data yolo: where is it"):
+    with pytest.raises(ValueError, match="yolo: where is it"):
         open_data(flags(data="yolo"), ["train"])
     with pytest.raises(BadData, match="--yolo-root /nowhere: no such folder"):
         read_yolo("/nowhere", ["train"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.check import check
+from plumbing.check import check_sets
 from plumbing.files import Findings
 from plumbing.sources import open_data, sets_there
 
@@ -96,7 +96,7 @@ def run_check(capsys, sets=None, **given) -> tuple[int, str]:
     args, found = flags(**given), Findings(collect=True)
     sources = {name: partial(open_data, args, [name], findings=found)
                for name in sets or sets_there(args)}  # fmt: skip
-    status = check(sources, found, workers=1)
+    status = check_sets(sources, found, workers=1)
     return status, capsys.readouterr().out
 
 

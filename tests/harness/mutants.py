@@ -240,13 +240,13 @@ MUTANTS = [
     # Threads
     Mutant("each part of a batch normalised by itself", "plumbing/joint_norm.cpp",
            "for (int i = 1; i < parts; ++i) combine(values, table[i]);", "values = table[part];",
-           "test_halves.py", "learn or truth", compiled=True),
+           "test_threads.py", "learn or truth", compiled=True),
     Mutant("means that are apart add no variance", "plumbing/joint_norm.cpp",
            " + apart * apart * (all[0] * more[0] / total);", ";",
-           "test_halves.py", "learn or truth", compiled=True),
-    Mutant("gradients of the first part alone", "plumbing/halves.py",
+           "test_threads.py", "learn or truth", compiled=True),
+    Mutant("gradients of the first part alone", "plumbing/threads.py",
            "parameter.grad += twin.grad", "pass",
-           "test_halves.py", "learn or truth", compiled=True),
+           "test_threads.py", "learn or truth", compiled=True),
     # Training
     Mutant("biases decay", "train.py",
            '"params": biases, "weight_decay": 0.0',

@@ -13,7 +13,7 @@ from torch import nn
 
 import eval as evaluation
 import ops
-from plumbing.halves import THREADS, Halves, in_threads, spread
+from plumbing.threads import THREADS, Threads, in_threads, spread
 from plumbing.voc import read_voc
 from scratchdet import Config, ScratchDet, multibox_loss
 
@@ -52,7 +52,7 @@ def distance(ours, theirs):
 
 def in_parts(model, images, parts, **flags):
     ours = copy.deepcopy(model)
-    return step(ours, Halves(ours, parts), images, **flags)
+    return step(ours, Threads(ours, parts), images, **flags)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -96,7 +96,7 @@ def test_the_same_bits_whatever_else_runs(model, bf16):
 
 def test_gradients_add_up_over_micro_batches(model):
     ours = copy.deepcopy(model)
-    network = Halves(ours, 2)
+    network = Threads(ours, 2)
     parts = torch.randn(4, 3, 300, 300).split(2)
     first = [g.clone() for g in step(ours, network, parts[0])[1]]
     second = [g.clone() for g in step(ours, network, parts[1])[1]]
@@ -127,7 +127,7 @@ class Fails(nn.Module):
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_an_exception_of_one_part_ends_the_step_and_not_the_next(model, when):
     ours = Fails(copy.deepcopy(model), when)
-    network, images = Halves(ours, 2), torch.randn(2, 3, 300, 300)
+    network, images = Threads(ours, 2), torch.randn(2, 3, 300, 300)
     # The other part would wait for ever, in C++, where no signal reaches it: end the tests then.
     faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
     try:
@@ -140,7 +140,7 @@ def test_an_exception_of_one_part_ends_the_step_and_not_the_next(model, when):
 
 def test_parts_that_meet_at_different_layers_are_told_so(model):
     ours = copy.deepcopy(model)
-    network = Halves(ours, 2)
+    network = Threads(ours, 2)
     network.twins[1].features.stem[0][1].place += 1
     with pytest.raises(RuntimeError, match="at another layer"):
         network(torch.randn(2, 3, 300, 300))

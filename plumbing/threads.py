@@ -71,16 +71,16 @@ class Step(torch.autograd.Function):
     """Runs all parts forward, and later all parts backward -> the outputs of the whole batch."""
 
     @staticmethod
-    def forward(ctx, halves: "Halves", images: Tensor, _: Tensor):
+    def forward(ctx, threads: "Threads", images: Tensor, _: Tensor):
         enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def forward(twin: nn.Module, part: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad(), torch.autocast("cpu", dtype, enabled=enabled):
                 return twin(part)
 
-        parts = images.tensor_split(len(halves.twins))
-        ctx.halves, ctx.outputs = halves, halves.run(forward, halves.twins, parts)
-        for name, count in halves.model.named_buffers():
+        parts = images.tensor_split(len(threads.twins))
+        ctx.threads, ctx.outputs = threads, threads.run(forward, threads.twins, parts)
+        for name, count in threads.model.named_buffers():
             if name.endswith("num_batches_tracked"):
                 count += 1
         return tuple(torch.cat([x.detach() for x in xs]) for xs in zip(*ctx.outputs, strict=True))
@@ -89,18 +89,18 @@ class Step(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         sizes = [len(outputs[0]) for outputs in ctx.outputs]
         gradients = zip(*(g.split(sizes) for g in gradients), strict=True)
-        ctx.halves.run(torch.autograd.backward, ctx.outputs, gradients)
+        ctx.threads.run(torch.autograd.backward, ctx.outputs, gradients)
         ctx.outputs = None
-        ctx.halves.collect()
+        ctx.threads.collect()
         return None, None, None
 
 
-class Halves(nn.Module):
+class Threads(nn.Module):
     """`model`, trained by `parts` threads. Each batch must have at least that many images."""
 
     def __init__(self, model: nn.Module, parts: int, each: int = 1):
         super().__init__()
-        build("halves", [Path(__file__).with_name("joint_norm.cpp")])
+        build("joint_norm", [Path(__file__).with_name("joint_norm.cpp")])
         self.model, self.pool, self.ops = model, pool(parts, each), torch.ops.scratchdet
         self.meeting = self.ops.meeting(parts)
         self.twins = [replica(model, part, self.meeting) for part in range(parts)]
@@ -151,7 +151,7 @@ def in_threads(model: nn.Module, images: int) -> nn.Module:
         return model
     parts = min(THREADS, images, 8)
     try:
-        network = Halves(model, parts, THREADS // parts)
+        network = Threads(model, parts, THREADS // parts)
     except BuildError as error:
         if os.environ.get("SCRATCHDET_OPS") == "require":
             raise
