@@ -30,6 +30,18 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """A device whose kernels are built."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    import ops
+
+    if not ops.COMPILED[request.param]:
+        pytest.skip(f"the {request.param} kernels are not built ({ops.describe()})")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder with VOCdevkit/ and coco/, or a skip."""
