@@ -361,7 +361,7 @@ def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
     images of that size.
     """
     sizes, _, ends = stages(args)
-    at_least, total = 3 * (args.minutes or 0) / len(sizes), 0.0
+    at_least, total = min(30, 3 * (args.minutes or 0)) / len(sizes), 0.0  # seconds
     for size, share in zip(sizes, np.diff(ends, prepend=0), strict=True):
         batches = stream(size)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from experiments import baselines, convert_data  # noqa: F401  a detector may have any network
 from plumbing.files import read_classes
-from plumbing.program import run_program
+from plumbing.program import Help, run_program
 from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
 
@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="To convert a data set: python -m experiments.convert --to {voc,coco,yolo} --help",
+        formatter_class=Help,
     )
     parser.add_argument("kind", choices=["vgg16", "detector"], help="what FILE is")
     parser.add_argument("file", metavar="FILE", help="torchvision's weights, or a checkpoint")
