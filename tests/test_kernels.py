@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_colour
 import test_ops
 import torch
 from harness import op_table
@@ -97,7 +98,7 @@ def test_colour_random_cases(emulated, rng):
     for p in (1, 7, 255, 256, 257, 600):
         for _ in range(4):
             op_table.check_equal("colour", op_table.colour_case(rng, 2, p))
-    test_ops.test_colour_by_hand("cpu")
+    test_colour.test_colour_by_hand("cpu")
 
 
 # ------------------------------------------------------------------------------- nms

@@ -1,0 +1,174 @@
+"""Make a small file for others of a checkpoint: weights in half precision, with a card.
+
+    python -m experiments.ship runs/photos/last.pt --voc-root DIR --out weights/photos.pt
+
+The file has the network's Config, its weights, the run's arguments without paths, and the card. The
+card says what the network was trained on and how, what it reaches, what it cannot do, and on what
+terms. Everything is measured anew, on the weights as they are in the file. The card is also written
+as a page beside it, README.md. `detect.py` takes weights/photos.pt by default.
+"""
+
+import argparse
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import eval as evaluation
+import train
+from experiments import baselines  # noqa: F401  a checkpoint may have any network
+from metrics import summarise
+from plumbing import machine
+from plumbing.program import check_file, run_program
+from plumbing.sources import open_test_set
+from scratchdet import load_detector
+
+PATHS = ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes", "init", "out", "cache")
+NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "page", "data")
+FIRST = 200  # images of a measurement that a test can repeat in seconds
+LIMITS = (
+    "It knows these classes and no others, and an object that it has never seen may look like one "
+    "of them.",
+    "Small objects are mostly missed: pictures are resized to 300x300, and small is a side of less "
+    "than 32 pixels there.",
+    "Its photographs are snapshots, most of them by day, and it was tested on no others.",
+    "It is made to teach and to start from, not to decide anything about people.",
+)
+TERMS = (
+    "The weights are under this project's licence (MIT). They were trained on photographs of the "
+    "PASCAL VOC sets of 2007 and 2012, which come from Flickr and stand under its terms of use; "
+    "VOC's makers offer them for research. No photograph is in the file or in this project."
+)
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of convolutions as fp16; BatchNorm stays fp32: its variances may exceed 65,504."""
+    return {k: v.half() if v.dim() == 4 else v.clone() for k, v in state.items()}
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 over all tensors by name, as they are in the file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def command_of(args: dict) -> str:
+    """The command of a run: the flags that differ from the defaults of its recipe."""
+    root = f"--{args['data']}-root"
+    default = vars(train.parse_args([root, "DIR", "--recipe", args["recipe"], "--device", "cpu"]))
+    words = ["python train.py", root, "DIR"]
+    for name in ("recipe", *sorted(set(args) & set(default) - {"recipe"})):
+        value = args[name]
+        if name in NOT_SAID or (value == default[name] and name != "recipe"):
+            continue
+        if name == "sizes":
+            value = [f"{size}:{share:g}" for size, share in value]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if type(v) is float else str(v)
+                  for v in values if v is not True)]  # fmt: skip
+    return " ".join(words)
+
+
+def numbers(results: dict) -> dict:
+    """What a card says of an evaluation."""
+    rows = results["per_class"].items()
+    return {
+        **{key: results[key] for key in ("mAP_11point", "mAP_area", "images", "objects")},
+        "per_class": {n: {k: row[f"ap_{k}"] for k in ("11point", "area")} for n, row in rows},
+        "by_size": {n: row["mAP_11point"] for n, row in results["by_size"].items()},
+    }
+
+
+def page(card: dict, name: str) -> str:
+    """The card as a page of Markdown."""
+    all_of_it, config = card["measured"], card["network"]
+    lines = [
+        f"# {name}",
+        "",
+        f"Written by `python -m experiments.ship`. A detector of {len(all_of_it['per_class'])} "
+        "classes, trained from random weights, without a GPU. Same facts in the file: "
+        f'`torch.load("{name}")["card"]`.',
+        "",
+        "| | |",
+        "|---|---|",
+        f"| network | {config}; {card['bytes'] / 1e6:.1f} MB, convolutions in fp16 |",
+        f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images |",
+        f"| command | `{card['command']}` |",
+        f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
+        f"| cost | {card['cpu_hours']:.2f} CPU hours on {card['machine']} |",
+        f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
+        f"**{all_of_it['mAP_11point']:.4f}** 11-point, {all_of_it['mAP_area']:.4f} area |",
+        f"| the same, the first {card['first']['images']} images | "
+        f"{card['first']['mAP_11point']:.4f}, {card['first']['mAP_area']:.4f} |",
+        f"| on images it was trained on, the first {card['seen']['images']:,} | "
+        f"{card['seen']['mAP_11point']:.4f}, {card['seen']['mAP_area']:.4f} |",
+        "| by size of the object in 300x300 | "
+        + ", ".join(f"{n} {v or 0:.4f}" for n, v in all_of_it["by_size"].items())
+        + " |",
+        f"| shown from a score of | {card['threshold']:.2f} (best F1) |",
+        f"| SHA-256 of the tensors | `{card['sha256']}` |",
+        "",
+        "| class | 11-point | area |",
+        "|---|---|---|",
+    ]
+    order = sorted(all_of_it["per_class"].items(), key=lambda row: -(row[1]["11point"] or 0))
+    lines += [f"| {n} | {ap['11point'] or 0:.4f} | {ap['area'] or 0:.4f} |" for n, ap in order]
+    lines += ["", "**What it cannot do.** " + " ".join(card["limits"]), ""]
+    return "\n".join([*lines, f"**Terms.** {card['terms']}", ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("checkpoint", help="of train.py, at the end of its run")
+    evaluation.add_shared_flags(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="such as weights/NAME.pt")
+    args = parser.parse_args(argv)
+    evaluation.check_shared(args)
+    check_file(args.out, args.checkpoint)
+    model, run = load_detector(args.checkpoint, args.device)
+    config, about, done = run["config"], run["args"], run.get("results")
+    if not done:
+        raise ValueError(f"{args.checkpoint}: step {run['step']}, not the end of a run: no results")
+    model.load_state_dict(halved(run["model"]))  # what is measured is what is shipped
+
+    def measure(sets: list[str], first: int | None = None) -> dict:
+        args.eval_sets = sets
+        records = open_test_set(args, about, tuple(config["classes"]))[:first]
+        found = evaluation.run_detector(
+            model, records, batch_size=args.batch_size, workers=args.workers
+        )
+        metric = evaluation.metric_of(about["data"], sets)
+        return summarise(records, found, config["classes"], metric)
+
+    tested, trained = args.eval_sets or about["eval_sets"], about["train_sets"]
+    results, some = measure(tested), measure(tested, FIRST)
+    seen = measure(trained[:1], results["images"])
+    state = halved(run["model"])
+    card = {
+        "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
+        "command": command_of(about),
+        "train_sets": trained, "eval_sets": tested, "images": run["images"],
+        "commit": run["commit"], "torch": run["torch"], "machine": run["machine"],
+        "seed": about["seed"], "cpu_hours": round(done["cpu_minutes"] / 60, 3),
+        "measured": numbers(results), "first": numbers(some), "seen": numbers(seen),
+        "threshold": results["threshold"], "sha256": fingerprint(state),
+        "measured_with": f"commit {machine.commit()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"), "limits": LIMITS, "terms": TERMS,
+    }  # fmt: skip
+    kept = {"threshold": results["threshold"]}  # detect.py asks for it
+    plain = {name: about[name] for name in about if name not in PATHS}
+    shipped = {"config": config, "model": state, "results": kept, "args": plain, "card": card}
+    shipped |= {"step": run["step"], "commit": run["commit"]}
+    out = Path(args.out)
+    torch.save(shipped, out)
+    card["bytes"] = out.stat().st_size  # the file itself does not say it
+    out.with_name("README.md").write_text(page(card, out.name), encoding="utf-8")
+    print(f"{out}: {card['bytes'] / 1e6:.2f} MB, mAP {results['mAP']:.4f}; {out.parent}/README.md")
+
+
+if __name__ == "__main__":
+    run_program(main)

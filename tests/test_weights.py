@@ -1,0 +1,106 @@
+"""weights/photos.pt is what its card says; the demo; and ship, which writes such files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from detect import Detector
+from experiments import demo, ship
+from metrics import summarise
+from plumbing.checkpoint import read_checkpoint
+from plumbing.voc import VOC_CLASSES, read_voc
+from runs import run_flags
+from scratchdet import load_detector
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT / "weights" / "photos.pt"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict:
+    return read_checkpoint(PHOTOS)
+
+
+def test_the_file_is_what_its_card_says(shipped):
+    card = shipped["card"]
+    assert PHOTOS.stat().st_size <= 3e6
+    assert set(shipped) == {"config", "model", "results", "args", "card", "step", "commit"}
+    assert ship.fingerprint(shipped["model"]) == card["sha256"]
+    assert {v.dtype for v in shipped["model"].values() if v.dim() == 4} == {torch.float16}
+    assert tuple(shipped["config"]["classes"]) == VOC_CLASSES
+    assert card["command"] == ship.command_of(shipped["args"])
+    assert not set(shipped["args"]) & set(ship.PATHS)
+    page = PHOTOS.with_name("README.md").read_text(encoding="utf-8")
+    assert page == ship.page(card | {"bytes": PHOTOS.stat().st_size}, PHOTOS.name)
+
+
+def test_its_map_on_the_first_images(shipped, voc_root):
+    """200 photographs of VOC2007 val; other processors round in another way, so not to the bit."""
+    card = shipped["card"]["first"]
+    records, _ = read_voc(voc_root, ["2007:val"], VOC_CLASSES)
+    model, _ = load_detector(PHOTOS)
+    found = evaluation.run_detector(model, records[: card["images"]], what=None)
+    results = summarise(records[: card["images"]], found, VOC_CLASSES, "voc07")
+    assert results["mAP_11point"] == pytest.approx(card["mAP_11point"], abs=0.002)
+    assert results["objects"] == card["objects"]
+
+
+def test_it_finds_what_the_demo_draws(tmp_path):
+    demo.main(["--out", str(tmp_path)])
+    detector = Detector(PHOTOS)
+    for name, expected in (("aeroplane", "aeroplane"), ("room", "tvmonitor")):
+        path = tmp_path / f"{name}.jpg"
+        with demo.Image.open(path) as picture:
+            assert detector(picture).names[0] == expected, name
+
+
+def test_detect_takes_it_by_default(tmp_path):
+    demo.main(["--out", str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, ROOT / "detect.py", tmp_path / "aeroplane.jpg"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "photos.pt" in done.stdout
+    assert "aeroplane.jpg: aeroplane" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole_run(shapes_root, tmp_path_factory) -> Path:
+    """Five steps: the folder of the run."""
+    out = tmp_path_factory.mktemp("whole")
+    train.main(run_flags(shapes_root, out))
+    return out
+
+
+def test_ship(whole_run, tmp_path):
+    """A run's checkpoint becomes a file of half the size with the same detections."""
+    out = tmp_path / "weights" / "small.pt"
+    ship.main([str(whole_run / "last.pt"), "--out", str(out), "--workers", "0"])
+    small, large = read_checkpoint(out), read_checkpoint(whole_run / "last.pt")
+    assert out.stat().st_size < 0.4 * (whole_run / "last.pt").stat().st_size
+    for name, tensor in small["model"].items():
+        torch.testing.assert_close(
+            tensor.float(), large["model"][name].float(), rtol=1e-3, atol=1e-6
+        )
+    assert ship.fingerprint(small["model"]) == small["card"]["sha256"]
+    changed = small["model"] | {"head.loc.0.0.weight": small["model"]["head.loc.0.0.weight"] + 1}
+    assert ship.fingerprint(changed) != small["card"]["sha256"]
+    measured = small["card"]["measured"]
+    assert measured["mAP_area"] == pytest.approx(large["results"]["mAP_area"], abs=0.01)
+    assert "--iterations 5" in small["card"]["command"]
+    text = out.with_name("README.md").read_text()
+    assert small["card"]["sha256"] in text
+    assert str(tmp_path) not in text
+
+
+def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
+    halfway = torch.load(whole_run / "last.pt") | {"results": None}
+    torch.save(halfway, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match="not the end of a run"):
+        ship.main([str(tmp_path / "half.pt"), "--out", str(tmp_path / "out.pt")])
