@@ -14,8 +14,10 @@ this repository that is gone afterwards. docs/lecture.md has the symptoms that w
 
 import argparse
 import ast
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +31,6 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from experiments import figures, report
-from plumbing import machine
 from plumbing.pictures import letters, save_sheet
 from plumbing.program import Progress, run_program
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
@@ -182,6 +183,26 @@ def is_there(mutant, guess: str) -> bool:
     return name == mutant.file and near[0] - 3 <= int(line) <= near[-1] + 3
 
 
+def answer(mutant, guess: str) -> str:
+    """What to say to a guess."""
+    if is_there(mutant, guess):
+        return "Yes, there. --tell has the rest"
+    name, _, line = guess.removeprefix("./").partition(":")
+    if line:
+        return (
+            "In this file, but not there" if name == mutant.file else "Not there"
+        ) + ". --hint helps"
+    files = [p.relative_to(ROOT).as_posix() for p in (*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"),
+             *ROOT.glob("plumbing/*.py"))]  # fmt: skip
+    word = re.compile(rf"^\s*(?:def|class) {re.escape(name.removesuffix('()'))}\b", re.MULTILINE)
+    homes = [f for f in files if word.search((ROOT / f).read_text(encoding="utf-8"))]
+    if not homes:
+        return f"There is no function or class {name}"
+    return (
+        "In this file, but not there" if mutant.file in homes else "Not there"
+    ) + ". --hint helps"
+
+
 # ------------------------------------------------------------------------------ both runs
 
 
@@ -199,12 +220,19 @@ def learn(repo: Path, out: Path, data: Path) -> int:
     return status
 
 
+def code_now() -> str:
+    """A hash of all that a run here runs: the Python on top, in plumbing/ and in ops/."""
+    digest = hashlib.sha256()
+    for pattern in ("*.py", "plumbing/*.py", "ops/*.py", "experiments/errors.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def is_current(run: Path) -> bool:
     """Was this run made by just this code?"""
-    now = machine.commit()
-    if not (run / "errors.json").is_file() or now.endswith("+"):
-        return False
-    return json.loads((run / "run.json").read_text())["commit"] == now
+    mark = run / "code"
+    return mark.is_file() and mark.read_text() == code_now()
 
 
 def steps(run: Path) -> int:
@@ -232,6 +260,8 @@ def play(number: int, folder: Path) -> None:
                 progress(done)
             time.sleep(0.5)
     for out, task in tasks.items():
+        if out == right and task.result() == 0:
+            (right / "code").write_text(code_now())
         if task.result() != 0:
             last = out.with_suffix(".txt").read_text().strip().splitlines()[-1:]
             print(f"{out.name} ended with: {''.join(last)}")
@@ -339,8 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"which bug? Expected its number, 1 to {len(BUGS)}")
         print(f"{len(BUGS)} bugs, the easiest first: python -m experiments.bug 1")
     elif args.guess:
-        right = is_there(mutant_of(BUGS[args.number - 1]), args.guess)
-        print("Yes, there. --tell has the rest" if right else "Not there. --hint helps")
+        print(answer(mutant_of(BUGS[args.number - 1]), args.guess))
     elif args.hint:
         print(BUGS[args.number - 1].hint)
     elif args.tell:

@@ -3,7 +3,7 @@
     python -m experiments.page runs/shapes/last.pt --out page.html       with drawn pictures
     python -m experiments.page runs/voc/last.pt --images PATH ...        with pictures of yours
     python -m experiments.page runs/voc/last.pt --voc-root DIR           of a test set, with boxes
-    python -m experiments.page docs/page.html --out docs/page.html       the same, built again
+    python -m experiments.page docs/shapes.html --out docs/shapes.html   the same, built again
 
 The page is one file: no network, no library, the weights inside. BatchNorm is folded into the
 convolutions (at test time it is a fixed shift and scale), and the weights are stored as float16.
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 
 from detect import find_pictures
-from experiments import baselines  # noqa: F401  their checkpoints can be read, too
+from experiments import baselines, demo  # noqa: F401  their checkpoints can be read, too
 from plumbing.files import Record, decode_pixels, open_image, open_record
 from plumbing.network import count_macs
 from plumbing.pictures import upright
@@ -198,11 +198,24 @@ def picture(image: Image.Image, name: str, boxes=(), labels=(), difficult=()) ->
     }
 
 
-def drawn_pictures(count: int = PICTURES, seed: int = 0) -> list[dict]:
-    """The first pictures of the drawn test set, which no training has seen."""
-    drawn = (draw_image(np.random.default_rng((seed, 1, i))) for i in range(count))
-    return [picture(image, f"drawn picture {i + 1}", boxes, labels)
-            for i, (image, boxes, labels) in enumerate(drawn)]  # fmt: skip
+def drawn_pictures(classes: Sequence[str], count: int = PICTURES, seed: int = 0) -> list[dict]:
+    """Pictures that no training has seen: the first of the drawn test set; for a network that does
+    not know its shapes the scenes of the demo, with the boxes of classes that it knows."""
+    if set(classes) & set(SHAPE_CLASSES):
+        drawn = (draw_image(np.random.default_rng((seed, 1, i))) for i in range(count))
+        named = ((f"drawn picture {i + 1}", *one) for i, one in enumerate(drawn))
+        scenes = [
+            (name, image, zip((SHAPE_CLASSES[label - 1] for label in labels), boxes, strict=True))
+            for name, image, boxes, labels in named
+        ]
+    else:
+        scenes = [(f"drawn: {scene.__name__}", *scene()) for scene in demo.SCENES]
+    found = []
+    for name, image, objects in scenes:
+        known = [(classes.index(what) + 1, box) for what, box in objects if what in classes]
+        labels, boxes = ([row[i] for row in known] for i in (0, 1))
+        found.append(picture(image, name, np.reshape(boxes, (-1, 4)), np.array(labels, np.int64)))
+    return found
 
 
 def read_pictures(images: Sequence[Record | str | Path]) -> list[dict]:
@@ -252,11 +265,8 @@ def write_page(
     elif Path(checkpoint).suffix == ".html":
         pictures = read_page(checkpoint)[1]["pictures"]
     else:
-        pictures = drawn_pictures()
-        if model.config.classes != SHAPE_CLASSES:
-            for one in pictures:  # nothing in them is of the network's classes
-                one["boxes"], one["labels"], one["difficult"] = [], [], []
-    start = START if pictures[0]["name"].startswith("drawn") else 0
+        pictures = drawn_pictures(model.config.classes)
+    start = START if pictures[0]["name"].startswith("drawn picture") else 0
     about = {"network": network, "training": training, "pictures": pictures, "start": start}
     html = make_page(about, half.tobytes())
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,10 @@ def build(name, sources, flags=(), *, emulate=False, load=True):
     digest = hashlib.sha256()
     for path in [*sources, *sorted(OPS.rglob("*.h"))]:
         if not path.exists():
-            raise BuildError(f"{path} is missing. Restore it (git checkout ops), then run again")
+            raise BuildError(
+                f"{path} is missing. If the op is new, write it; if it was there, `git checkout "
+                f"ops/{path.name}` restores it"
+            )
         digest.update(f"{folder} {path}".encode() + path.read_bytes())
     digest = digest.hexdigest()
     # torch's loader gives the second library of one name in one process another name: so every

@@ -130,9 +130,10 @@ class Progress:
         self.shown = now
         share = done / max(1, self.total) if share is None else share
         took = max(1e-9, now - self.start)
-        left = took * (1 - share) / max(1e-9, share - self.first)
         text = text or f"{done / took:.1f} {self.unit}/s"
-        line = f"{self.what} {done}/{self.total}  {text}  ETA {duration(left)}"
+        line = f"{self.what} {done}/{self.total}  {text}"
+        if share > self.first:  # before, nobody knows
+            line += f"  ETA {duration(took * (1 - share) / (share - self.first))}"
         end = "\n" if last or not self.live else ""
         print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True, end=end)
 

@@ -94,7 +94,14 @@ def other_format(root: Path, kind: str) -> str:
     for other, found in there.items():
         if found and other != kind:
             return f"It looks like {other.upper()}: --{other}-root {root}"
-    return coco.others_format(root) if kind != "coco" else ""
+    if kind != "coco" and (other := coco.others_format(root)):
+        return other
+    tables = sorted(root.glob("*.csv")) + sorted(root.glob("*/*.csv"))
+    if tables:
+        return (
+            f"Labels in a table ({tables[0]}) are not read: export or convert them to VOC or COCO"
+        )
+    return ""
 
 
 def from_run(args: Namespace, saved: dict) -> tuple[Namespace, list[str], int | None]:
@@ -150,7 +157,7 @@ def open_data(
         hint = other_format(root, kind) if error.where.startswith("--") else ""
         if not hint:
             raise
-        raise BadData(error.where, f"{error.what}. {hint}") from None
+        raise BadData(error.where, f"{error.what.rstrip('.')}. {hint}") from None
     if found.drop:
         from plumbing.check import leave_out_unreadable
 

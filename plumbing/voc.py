@@ -16,6 +16,7 @@ Other tools write the same XML into other folders. These layouts are read as wel
 
 import contextlib
 import glob
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -132,6 +133,9 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             if part in objects[-1] and part.startswith(("name", "difficult", "bndbox/")):
                 objects[-1]["twice"] = part.partition("/")[0]
             objects[-1].setdefault(part, text)
+            if part.startswith("polygon/"):  # <x1> <y1> <x2> ..., or many of <pt><x> <y>
+                axis = part.rpartition("/")[2][:1].lower()
+                objects[-1].setdefault(f"all {axis}", []).append(number(text))
         else:
             head.setdefault(tag, text)
     width, height = (number(head.get(f"size/{side}", "0")) for side in ("width", "height"))
@@ -149,6 +153,8 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
     for entry in objects:
         entry["given"] = [entry.get(f"bndbox/{s}") for s in ("xmin", "ymin", "xmax", "ymax")]
         entry["box"] = [number(text) for text in entry["given"]]
+        if entry["given"] == [None] * 4:
+            enclose(entry, xml, found)
     if any(crosses(entry["box"], size) for entry in objects):
         check_size(image, size, xml)
     for entry in objects:
@@ -162,6 +168,12 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
         elif difficult not in DIFFICULT:
             what = f"{name}: difficult must be 0 or 1; got {difficult[:60]!r}"
             found.refuse(where, what, "difficult that is not 0 or 1")
+        elif given == [None] * 4:
+            has = ", ".join(f"<{part}>" for part in entry if "/" in part) or "nothing of the kind"
+            what = (
+                f"{name}: no <bndbox> with <xmin> <ymin> <xmax> <ymax>; the object has {has:.200}"
+            )
+            found.refuse(where, what, "object without a box")
         elif check_box(box, size, name, where, found, given):
             rows.append((one_form(name), box, DIFFICULT[difficult], where))
             if min(box[:2]) < 1:
@@ -169,6 +181,24 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             if any(side % 1 for side in box):
                 found.note(where, "box with fractions of a pixel, used as it is")
     return size, rows
+
+
+def enclose(entry: dict, xml: Path, found: Findings) -> None:
+    """The box around an object that has a polygon or a rotated box instead of one, if it has."""
+    if "all x" in entry and "all y" in entry:
+        xs, ys = entry["all x"], entry["all y"]
+    elif "robndbox/angle" in entry:  # roLabelImg: centre, sides, and the angle in radians
+        cx, cy, w, h, angle = (
+            number(entry.get(f"robndbox/{part}")) for part in ("cx", "cy", "w", "h", "angle")
+        )
+        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+        half = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
+        xs, ys = [cx - half[0], cx + half[0]], [cy - half[1], cy + half[1]]
+    else:
+        return
+    entry["box"] = [min(xs), min(ys), max(xs), max(ys)]
+    entry["given"] = list(map(str, entry["box"]))
+    found.handle(xml, "polygons or rotated boxes: the upright box around each is used")
 
 
 DIFFICULT = {"0": False, "1": True, "false": False, "true": True, "unspecified": False}

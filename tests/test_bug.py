@@ -54,12 +54,16 @@ def test_tell_names_line_repository_and_test(capsys):
 
 
 def test_guesses_are_answered(capsys):
-    name = list(bug.around(bug.mutant_of(bug.BUGS[0])))[-1]
-    for guess in (name, "no_such_function"):
+    mutant = bug.mutant_of(bug.BUGS[0])
+    name = list(bug.around(mutant))[-1]
+    elsewhere = "crop" if mutant.file != "data.py" else "encode"
+    for guess in (name, "no_such_function", elsewhere, f"{mutant.file}:1"):
         bug.main(["1", "--guess", guess])
-    right, wrong = capsys.readouterr().out.splitlines()
+    right, unknown, wrong, near = capsys.readouterr().out.splitlines()
     assert right.startswith("Yes")
+    assert unknown == "There is no function or class no_such_function"
     assert wrong.startswith("Not there")
+    assert near.startswith("In this file, but not there")
     with pytest.raises(ValueError, match="a function's name, or FILE.py:LINE"):
         bug.main(["1", "--guess", "nowhere.py:7"])
     with pytest.raises(ValueError, match="which bug"):

@@ -167,7 +167,7 @@ def test_one_name_is_not_a_list_of_names(voc):
         (xml_of(an_object(box=(1, 6, "", 31))), r"four numbers; got \['1', '6', None, '31'\]"),
         (xml_of(an_object(box=("1,5", 6, 9, 31))), r"four numbers; got \['1,5', '6', '9', '31'\]"),
         (xml_of(an_object(box=(1, 6, "1_0", 31))), "four numbers"),
-        (xml_of("<object><name>dog</name></object>"), "four numbers"),
+        (xml_of("<object><name>dog</name></object>"), "no <bndbox>"),
         (
             xml_of(an_object().replace("</object>", "<bndbox><xmin>1</xmin></bndbox></object>")),
             "a.xml:4: dog: an object with two of <bndbox>",
@@ -256,7 +256,7 @@ def test_class_files(tmp_path):
         ("<annotation><item><bndbox/></item></annotation>", "<bndbox> in <annotation/item>"),
         ("<annotation><xmin>3</xmin></annotation>", "annotation/object/bndbox"),
         ("<annotation><OBJECT/></annotation>", "<OBJECT> in"),
-        (xml_of("<object><name>dog</name><polygon><x1>3</x1></polygon></object>"), "four numbers"),
+        (xml_of("<object><name>dog</name><polygon><x1>3</x1></polygon></object>"), "no <bndbox>"),
         (xml_of("<object><Name>dog</Name></object>"), "an object without a name"),
     ],
 )
@@ -424,3 +424,43 @@ def test_the_real_voc_copy(voc_root):
     assert time.process_time() - start < 20
     batch = next(data.batches(train, 300, batch_size=16, seed=0))
     assert batch.images.float().mean() > 20
+
+
+POLYGONS = {
+    "numbered": "<polygon><x1>4</x1><y1>6</y1><x2>20</x2><y2>8</y2><x3>9</x3><y3>30</y3></polygon>",
+    "points": "<polygon><pt><x>4</x><y>30</y></pt><pt><x>20</x><y>6</y></pt></polygon>",
+    "rotated": "<robndbox><cx>12</cx><cy>18</cy><w>24</w><h>16</h><angle>1.570796327</angle>"
+    "</robndbox>",
+}
+
+
+@pytest.mark.parametrize("shape", POLYGONS)
+def test_a_polygon_or_a_rotated_box_has_a_box_around_it(voc, shape, capsys):
+    text = f"<object><name>dog</name>{POLYGONS[shape]}</object>"
+    write(voc / "Annotations/a.xml", xml_of(text))
+    records, _ = read_voc(voc.parent, ["2007:trainval"], VOC_CLASSES)
+    assert records[0].boxes_xyxy[0].tolist() == pytest.approx([4, 6, 20, 30], abs=1e-5)
+    status, out = run_check(capsys, voc_root=voc.parent)
+    assert status == 1
+    assert listed(out, "handled", ".*a.xml +polygons or rotated boxes")
+
+
+@pytest.mark.parametrize(
+    ("inside", "has"),
+    [
+        ("<bndbox><x>4</x><y>6</y><w>16</w><h>24</h></bndbox>", "<bndbox/x>, <bndbox/y>"),
+        ("<polygon><x1>4</x1><x2>9</x2></polygon>", "<polygon/x1>"),
+        ("", "nothing of the kind"),
+    ],
+)
+def test_an_object_without_a_box_is_named(voc, inside, has):
+    write(voc / "Annotations/a.xml", xml_of(f"<object><name>dog</name>{inside}</object>"))
+    with pytest.raises(BadData, match=f"dog: no <bndbox> with <xmin>.*the object has {has}"):
+        read_voc(voc.parent, ["2007:trainval"], VOC_CLASSES)
+
+
+def test_labels_in_a_table_are_named(tmp_path):
+    write(tmp_path / "images/labels.csv", "filename,xmin,ymin,xmax,ymax,class\n")
+    for kind in ("voc", "coco", "yolo"):
+        with pytest.raises(BadData, match=r"labels.csv\) are not read: export or convert them"):
+            open_data(flags(**{f"{kind}_root": str(tmp_path)}), ["2007:train"])

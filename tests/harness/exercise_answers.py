@@ -178,6 +178,7 @@ WRONG = {
         "tall before wide": ("(small * root, small / root), (small / root, small * root)",
                              "(small / root, small * root), (small * root, small / root)"),
         "the first ratio only": ("in ratios", "in ratios[:1]"),
+        "a ratio of 1 left out": ("in ratios", "in [r for r in ratios if r != 1]"),
         "in units of a 300 x 300 image": ("torch.tensor(rows)", "torch.tensor(rows) / 300"),
         "the map fills the image": ("for y in range(side)", "step = 300 / side\n    "
                                     "for y in range(side)"),
@@ -245,6 +246,9 @@ WRONG = {
         "at most as many as positives": ("ratio * ", ""),
         "the batch's mean": ("positive.sum(dim=1, keepdim=True)", "(positive.sum() / len(score))"),
         "always three": ("ratio * ", "3 * "),
+        "ties by a small slope": ("masked_fill(positive, -1)", "masked_fill(positive, -1) - "
+                                  "torch.arange(score.shape[1]) * 1e-6"),
+        "in half precision": ("score.masked", "score.half().masked"),
         "changes its argument": ("score.masked_fill(", "score.masked_fill_("),
     },
     "loss": {
@@ -292,6 +296,9 @@ WRONG = {
         "asks the last one kept only": ("boxes_xyxy[kept]", "boxes_xyxy[kept[-1:]]"),
         "asks the best one only": ("boxes_xyxy[kept]", "boxes_xyxy[kept[:1]]"),
         "drops what scores 0": ("if not (", "if scores[i] > 0 and not ("),
+        "drops what scores less": ("if not (", "if scores[i] >= 0 and not ("),
+        "a little tolerance": ("overlap > iou_threshold", "overlap > iou_threshold + 1e-3"),
+        "IoUs in half precision": ("overlap > iou_threshold", "overlap.half() > iou_threshold"),
         "always .5": ("overlap > iou_threshold", "overlap > 0.5"),
         "needs a box": ("keep, kept =", "best = order[0]\n    keep, kept ="),
         "the intersection over the smaller box": (

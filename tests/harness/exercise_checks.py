@@ -233,6 +233,7 @@ def check_priors(priors):
         (3, 21, 45, 8, (2,)),
         (5, 111, 162, 32.5, (2, 3)),
         (2, 10, 30, 33, (1.6,)),
+        (2, 12, 20, 10, (1, 2)),
         (19, 60, 111, 16, (2, 3)),
     ]:
         ask("priors", priors, arguments, plain_priors(*arguments), "computed one by one")
@@ -363,6 +364,7 @@ def check_mining(mining):
     case([[2.0, 5e4, 3e4, 7.0]], [[0, 1, 0, 0]], 2, [[0, 0, 1, 1]], "large scores")
     case([[0.5, 0.5, 0.5, 0.5, 0.5]], [[0, 0, 1, 0, 0]], 2, [[1, 1, 0, 0, 0]], "equal scores")
     case([[0.0, 0.0, 0.0, 0.0, 0.0]], [[1, 0, 0, 0, 0]], 2, [[0, 1, 1, 0, 0]], "all scores are 0")
+    case([[0, 0.5, 0.5000005, 0.5000006]], [[1, 0, 0, 0]], 1, [[0, 0, 0, 1]], "nearly equal scores")
     case([[0.0] * 64], [[1] + [0] * 63], 20, [[0] + [1] * 20 + [0] * 43], "64 scores of 0")
     g = torch.Generator().manual_seed(0)
     for i in range(200):
@@ -464,6 +466,9 @@ def check_nms(nms):
     case([[k // 2 * 3, 0, k // 2 * 3 + 1, 1] for k in range(20)], [0.5] * 20, 0.5, [1, 0] * 10,
          "10 pairs of twins, all scores equal")  # fmt: skip
     case(twins, [0.0, -2.0], 0.5, [1, 0], "scores of 0 and below it")
+    case(far[:2], [0.0, -2.0], 0.5, [1, 1], "a negative score is a score")
+    near = [[0, 0, 2, 1], [0, 0, 1.0001, 1]]
+    case(near, [0.9, 0.8], 0.5, [1, 0], "IoU .50005 is above the threshold")
     case([[0, 0, 4, 4], [1, 1, 3, 3]], [0.9, 0.8], 0.5, [1, 1], "one inside the other, IoU 1/4")
     case([[1, 1, 1, 1]] * 2, [0.9, 0.8], 0.5, [1, 1], "two empty boxes have IoU 0")
     case(half[:1], [0.9], 0.5, [1], "one box")

@@ -124,8 +124,19 @@ def check_equal(op, arguments, device="cpu", expected=None):
     on_device = [x.to(device) if torch.is_tensor(x) else x for x in arguments]
     got = as_list(getattr(ops, op)(*on_device))
     for a, b in zip(got, as_list(expected), strict=True):
-        assert same_bits(a.cpu(), b), f"{op} differs from the reference: {arguments}"
+        assert same_bits(a.cpu(), b), (
+            f"{op} differs from the reference{where(a.cpu(), b)}: {arguments}"
+        )
     return 0
+
+
+def where(a, b) -> str:
+    """The first place in which two results differ, and in how many they do."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f" in kind, {tuple(a.shape)} {a.dtype}, expected {tuple(b.shape)} {b.dtype}"
+    differ = ~((a == b) | (a.isnan() & b.isnan()) if a.is_floating_point() else a == b)
+    at = tuple(differ.nonzero()[0].tolist())
+    return f" at {list(at)}, {a[at]}, expected {b[at]}; {int(differ.sum())} of {a.numel()} differ"
 
 
 # ------------------------------------------------------------------------------ colour
