@@ -27,6 +27,7 @@ from scratchdet import load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes", "init", "out", "cache")
 NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "page", "data")
+SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
 FIRST = 200  # images of a measurement that a test can repeat in seconds
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "
@@ -63,7 +64,7 @@ def command_of(args: dict) -> str:
     words = ["python train.py", root, "DIR"]
     for name in ("recipe", *sorted(set(args) & set(default) - {"recipe"})):
         value = args[name]
-        if name in NOT_SAID or (value == default[name] and name != "recipe"):
+        if name in NOT_SAID or (value == default[name] and name not in SAID):
             continue
         if name == "sizes":
             value = [f"{size}:{share:g}" for size, share in value]
