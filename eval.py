@@ -15,7 +15,6 @@ Boxes here are `_xyxy` in PIXELS of the original image, not in units of the imag
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -244,31 +243,13 @@ def draw_sheet(model: ScratchDet, records: list[Record], path: str | Path) -> No
 # ---------------------------------------------------------------------------------- command line
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this program that experiments/compare.py and others have, too."""
-    g = parser.add_argument_group("data (default: what the checkpoint was evaluated on)")
-    sources.add_data_flags(g)
-    g.add_argument("--eval-sets", nargs="+", metavar="SET", help="as in train.py")
-    g = parser.add_argument_group("system")
-    g.add_argument("--batch-size", type=int, default=8)
-    g.add_argument("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_shared(args: argparse.Namespace) -> None:
-    """ValueError for a device that is not here, or a number out of its range."""
-    machine.check_device(args.device)
-    check_range(args, "batch_size", 1)
-    check_range(args, "workers", 0)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=Help,
     )
     parser.add_argument("checkpoint", help="file that train.py wrote: network, classes, weights")
-    add_shared_flags(parser)
+    sources.add_eval_flags(parser)
     g = parser.add_argument_group("output")
     g.add_argument("--multi-scale", action="store_true", help="our recipe: 8 scales, mirrored")
     g.add_argument("--draw", metavar="DIR", help="write the images with boxes, labels and scores")
@@ -277,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--results", metavar="FILE", help="write COCO results JSON (also of a test set)")
     g.add_argument("--comp4", metavar="DIR|FILE", help="write VOC server files, or FILE.tar.gz")
     args = parser.parse_args(argv)
-    check_shared(args)
+    sources.check_eval_flags(args)
     check_range(args, "min_score", 0, 1)
     for file in (args.json, args.results):  # fail now, not after the evaluation
         check_file(file, args.checkpoint)

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 import ops
 from ops.reference import VARIANCES
-from plumbing.checkpoint import read_checkpoint
-from plumbing.network import check_config, check_maps, ignored_options
-from plumbing.program import Help
+from plumbing.checkpoint import of_this_code, read_checkpoint
+from plumbing.network import check_config, check_maps, check_priors, ignored_options
+from plumbing.program import Help, SetFields
 from plumbing.tables import network_table
 from plumbing.voc import VOC_CLASSES
 
@@ -486,13 +486,7 @@ class ScratchDet(nn.Module):
         super().__init__()
         self.config = config
         self.features = BODIES[config.backbone](config)
-        needed, maps = len(self.features.channels), len(PRIORS[config.priors])
-        if needed != maps:
-            fitting = [name for name, rows in PRIORS.items() if len(rows) == needed]
-            raise ValueError(
-                f"priors {config.priors!r} are for {maps} maps, {config.backbone} has {needed}: "
-                f"expected {' or '.join(fitting)}"
-            )
+        check_priors(config, len(self.features.channels), PRIORS)
         self.head = Head(self.features, config)
         for conv in convs_of(self):  # Caffe's xavier: uniform with variance 1 / fan_in
             bound = math.sqrt(3 / conv.weight[0].numel())
@@ -501,7 +495,7 @@ class ScratchDet(nn.Module):
                 nn.init.zeros_(conv.bias)
 
         sizes = self.map_sizes(config.size, config.size)
-        check_maps(config, sizes, needed, getattr(self.features, "maps_300", MAPS_300))
+        check_maps(config, sizes, self.features, MAPS_300)
         # a buffer moves to the GPU with the network; it is not saved, since it follows from config
         self.register_buffer("priors_cxcywh", make_priors(config, sizes), persistent=False)
         self.priors_of_size: dict[int, Tensor] = {}  # of other sizes, see priors_at
@@ -537,18 +531,12 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> tuple
     Where a checkpoint of an older version has averaged weights ("ema"), those are used.
     """
     checkpoint = read_checkpoint(path, device)
-    try:
+    with of_this_code(path, checkpoint):
         values = dict(checkpoint["config"])
         for name in ignored_options(values, Config, TAKES):
             del values[name]  # older versions accepted it, without effect
         model = ScratchDet(Config.from_dict(values))
         model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
-    except Exception as e:  # plain data from anywhere can make Python and torch fail in any way
-        why = " ".join(str(e).split())[:250] or type(e).__name__
-        raise ValueError(
-            f"{path}: of another network than this code's ({why}). It was written by commit "
-            f"{checkpoint.get('commit')}: use that code, or train again"
-        ) from None
     return model.to(device).eval(), checkpoint
 
 
@@ -562,24 +550,16 @@ def summary(model: ScratchDet) -> str:
 
 def add_config_flags(group: argparse._ActionsContainer) -> None:
     """The flags that define the network, here and in train.py. Each is a field of Config."""
+    defaults = {field.name: field.default for field in fields(Config) if field.name != "classes"}
+    group.set_defaults(**defaults)
     add = group.add_argument
     # fmt: off
-    add("--backbone", default=Config.backbone, choices=list(BODIES),
-        help="root-...: no stride in the first convolutions")
-    add("--bn", default=Config.bn, choices=["all", "backbone", "head", "none"],
-        help="which part has BatchNorm")
-    add("--width", type=float, default=Config.width, help="factor on all channels")
-    add("--stem", type=int, nargs=3, metavar=("KERNEL", "CONVS", "STRIDE"),
-        help="the first convolutions; default: the backbone's own")
-    add("--extras", default=Config.extras, choices=["residual", "conv"],
-        help="layers of the small maps: blocks of two 3x3, or 1x1 and 3x3 as in SSD")
-    add("--l2-norm", action="store_true", help="normalise conv4_3 of vgg16, as in the original SSD")
-    add("--head-bn-eps", type=float, default=Config.head_bn_eps,
-        help="eps of BatchNorm in the head; Caffe SSD and DSOD have 1e-3")
-    add("--priors", default=Config.priors, choices=list(PRIORS), help="which sides and ratios")
-    add("--size", type=int, default=Config.size, help="side of the input in pixels")
-    add("--std", type=float, nargs=3, default=Config.std, metavar=("R", "G", "B"),
-        help="divides the input; matters only to a network without BatchNorm")
+    add("--backbone", choices=list(BODIES), help="root-...: no stride in the first convolutions")
+    add("--bn", choices=["all", "backbone", "head", "none"], help="which part has BatchNorm")
+    add("--width", type=float, help="factor on all channels")
+    add("--size", type=int, help="side of the input in pixels")
+    add("--config", nargs="+", action=SetFields, const=list(defaults), metavar="FIELD=VALUE",
+        help="any field of Config, such as stem=3,1,1 extras=conv priors=coco std=58,58,58")
     # fmt: on
 
 

@@ -14,7 +14,7 @@ commit, machine), detections drawn beside the ground truth, and report.html, whi
 `--resume` continues from OUT/last.pt, bit for bit on a CPU: the samples and random numbers of
 step s depend only on (seed, s), and the checkpoint holds the rest.
 
-Read in this order: RECIPES, learning_rate, forward_backward, update, then the loop in main.
+Read in this order: RECIPES, learning_rate, forward_backward, update, then the loop, train_steps.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import ops
-from experiments import errors, page, report
+from experiments import errors, report
 from plumbing import machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.program import Help, StopSignals, run_program
@@ -130,7 +130,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and pictures")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="measure mAP during training")
     add("--skip-nonfinite", action="store_true", help="do not stop at a NaN: skip such steps")
-    add("--page", action="store_true", help="at the end, the detector as a page: OUT/page.html")
     # fmt: on
     return parser
 
@@ -244,6 +243,14 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     ]
 
 
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD with momentum, as in section 4.1."""
+    optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
+    for parameter in model.parameters():  # also of layers that small images do not reach yet
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def forward_backward(
     network: nn.Module, model: ScratchDet, batches: Iterator, args: argparse.Namespace,
     stopping: bool = False,
@@ -302,20 +309,6 @@ def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> T
 # ------------------------------------------------------------------------------ the run
 
 
-def read_data(args: argparse.Namespace, checkpoint: dict | None) -> tuple[list, list, tuple, str]:
-    """-> (records to train on, records to evaluate, class names, what --drop-bad left out)."""
-    found = sources.Findings(drop=args.drop_bad)
-    train, classes = sources.open_data(args, args.train_sets, findings=found)
-    test = train
-    if not args.overfit:
-        test, _ = sources.open_data(args, args.eval_sets, classes, findings=found)
-    if args.overfit:
-        train = test = train[: args.overfit]
-    if checkpoint:
-        run_folder.check_data(args.out, checkpoint, len(train), classes)
-    return train, test, classes, found.dropped_text()
-
-
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=print) -> ScratchDet:
     """The network of the flags, with the checkpoint's weights, those of --init, or random ones."""
     start = checkpoint or (read_checkpoint(args.init) if args.init else {"config": {}})
@@ -355,23 +348,53 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple
 
 
 def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
-    """Mean seconds of a step over the image sizes of the run, for the plan and for --minutes.
+    """Mean seconds of a step over the image sizes of the run; model and optimizer stay as they are.
 
-    Runs real steps and afterwards puts model and optimizer back. `stream(size)` gives batches of
-    images of that size.
+    `stream(size)` gives batches of images of that size.
     """
     sizes, _, ends = stages(args)
-    at_least, total = min(30, 3 * (args.minutes or 0)) / len(sizes), 0.0  # seconds
-    for size, share in zip(sizes, np.diff(ends, prepend=0), strict=True):
-        batches = stream(size)
+    streams = {size: stream(size) for size in sizes}
 
-        def one_step(batches=batches) -> Tensor:
-            logged, _ = forward_backward(network, model, batches, args)
-            update(optimizer, 0, logged, args)
-            return logged["loc"]
+    def one_step(size: int) -> Tensor:
+        logged, _ = forward_backward(network, model, streams[size], args)
+        update(optimizer, 0, logged, args)
+        return logged["loc"]
 
-        total += share * plan.seconds_per_step(one_step, (model, optimizer), at_least)
-    return total
+    return plan.time_a_step(one_step, sizes, ends, (model, optimizer), args.minutes or 0)
+
+
+def train_steps(
+    network: nn.Module, model: ScratchDet, optimizer: torch.optim.Optimizer, batches: Iterator,
+    log: run_folder.RunLog, save: Callable, measured: Callable, args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """The loop. `save(step)` writes a checkpoint, `measured()` evaluates the model on the way.
+
+    What a step logs stays on the GPU: the log fetches it every 20 steps, the only wait for it.
+    """
+    with StopSignals() as stop:
+        for step in range(log.first, args.iterations):
+            # A resumed run repeats the random numbers of each step (of dropout, if there is any).
+            torch.manual_seed(hash((args.seed, step, log.rank)))
+            statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
+            logged, images = forward_backward(network, model, batches, args, stop.number > 0)
+            finite = update(optimizer, step, logged, args)
+            # The forward pass of a bad step has spoiled BatchNorm's running statistics: undo it.
+            for buffer, before in zip(model.buffers(), statistics, strict=False):
+                buffer.copy_(buffer.where(finite, before))
+            log.write(step, logged, learning_rate(step, args), progress(step + 1, args)[0], images)
+            last = step + 1 == args.iterations
+            saves = last or (step + 1) % args.save_every == 0
+            # Several ranks must stop after the same step: the one at which all fetch "stop".
+            if saves or (stop.number and not dist.is_initialized()):
+                log.flush()
+            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
+                log.measured(step, measured)
+            if saves or log.stopping:
+                save(step + 1)
+            if log.stopping and not last:
+                if log.lead:
+                    print(f"stopped after {step + 1} steps; the same command with --resume goes on")
+                sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -384,17 +407,14 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True  # all batches have one shape: find the fastest way once
 
-    train, test, classes, left_out = read_data(args, checkpoint)
+    train, test, classes, left_out = sources.read_data(args)
     model = make_model(args, classes, checkpoint, say)
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
-    optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
-    for parameter in model.parameters():  # also of layers that small images do not reach yet
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer = make_optimizer(model, args)
     if checkpoint:
+        run_folder.check_data(args.out, checkpoint, len(train), classes)
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if args.page:
-        page.describe(model)  # a network that the page cannot run is refused now
     costs = plan.costs(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
     about = run_folder.describe(args, model.config, machine.processor(device), world)
@@ -421,35 +441,19 @@ def main(argv: list[str] | None = None) -> dict:
         if args.minutes:
             args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
-
-    # The loop. `logged` stays on the GPU: the log fetches it every 20 steps, the only wait for it.
-    log = run_folder.RunLog(args, about, first, every=1 if device.type == "cpu" else 20)
+    names = [record.name for record in train]
+    log = run_folder.RunLog(args, about, first, names, every=1 if device.type == "cpu" else 20)
     log.skipped, batches = checkpoint["skipped"] if checkpoint else 0, stream(first, micro)
-    with StopSignals() as stop:
-        for step in range(first, args.iterations):
-            # A resumed run repeats the random numbers of each step (of dropout, if there is any).
-            torch.manual_seed(hash((args.seed, step, rank)))
-            statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
-            logged, rows = forward_backward(network, model, batches, args, stop.number > 0)
-            finite = update(optimizer, step, logged, args)
-            # The forward pass of a bad step has spoiled BatchNorm's running statistics: undo it.
-            for buffer, before in zip(model.buffers(), statistics, strict=False):
-                buffer.copy_(buffer.where(finite, before))
-            lr, done = learning_rate(step, args), progress(step + 1, args)[0]
-            log.write(step, logged, lr, done, [train[i].name for i in rows])
-            last = step + 1 == args.iterations
-            saves = last or (step + 1) % args.save_every == 0
-            # Several ranks must stop after the same step: the one at which all fetch "stop".
-            if saves or (stop.number and world == 1):
-                log.flush()
-            if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: measure(model, test, args, rank, world)[0])
-            if lead and (saves or log.stopping):
-                log.save(step + 1, model, optimizer, images=len(train))
-                evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step + 1:07}.png")
-            if log.stopping and not last:
-                say(f"stopped after {step + 1} steps; the same command with --resume goes on")
-                sys.exit(128 + (stop.number or signal.SIGTERM))
+
+    def save(step: int) -> None:
+        if lead:
+            log.save(step, model, optimizer, images=len(train))
+            evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
+
+    def measured() -> dict:
+        return measure(model, test, args, rank, world)[0]
+
+    train_steps(network, model, optimizer, batches, log, save, measured, args)
     log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
@@ -459,9 +463,6 @@ def main(argv: list[str] | None = None) -> dict:
         print(results_text(results))
         errors.write(out, test, found, classes, results)
         report.write([out], out / "report.html")
-        if args.page:
-            shown = () if args.data == "shapes" else test[: page.PICTURES]
-            page.write_page(out / "last.pt", out / "page.html", shown)
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
     machine.end_ranks()

@@ -3,8 +3,8 @@
 Not needed to understand scratchdet.py. Each network takes the Config's `bn` and `width`.
 
     python -m experiments.baselines --backbone dsod300
-    python -m experiments.baselines --backbone scratchdet512 --size 512 --priors coco512
-    python -m experiments.baselines --backbone ssd321 --size 321 --priors voc321
+    python -m experiments.baselines --backbone scratchdet512 --size 512 --config priors=coco512
+    python -m experiments.baselines --backbone ssd321 --size 321 --config priors=voc321
 
 What is known about the originals, and where these networks differ: docs/deviations.md.
 """

@@ -30,6 +30,7 @@ import eval as evaluation
 from experiments import errors, report
 from metrics import SIZES, VocMatches, mean, voc_average, voc_match, voc_outcome
 from plumbing.program import Progress, check_range, run_program
+from plumbing.sources import add_eval_flags, check_eval_flags
 
 PARTS = {"all": (0.0, np.inf), **SIZES}  # objects by their side, as in metrics.voc_ap
 PICTURES = 6  # of objects won, and of objects lost
@@ -231,9 +232,9 @@ def main(argv: list[str] | None = None) -> dict[str, Array]:
     )
     parser.add_argument("--draws", type=int, default=1000, help="how often images are resampled")
     parser.add_argument("--out", metavar="FILE", help="of two runs also a page with pictures")
-    evaluation.add_shared_flags(parser)
+    add_eval_flags(parser)
     args = parser.parse_args(argv)
-    evaluation.check_shared(args)
+    check_eval_flags(args)
     check_range(args, "draws", 1)
     if args.out and len(args.runs) != 2:
         raise ValueError(f"--out {args.out}: a page compares two runs, not {len(args.runs)}")

@@ -477,7 +477,7 @@ def average_precision() -> str:
 def detections(run: str, side: int = 360, min_score: float = 0.5) -> Image.Image:
     """What a run on shapes detects in the first six square test pictures of 3 to 6 shapes."""
     parser = argparse.ArgumentParser()
-    evaluation.add_shared_flags(parser)
+    sources.add_eval_flags(parser)
     path = errors.checkpoint_of(run)
     model, checkpoint = load_detector(path)
     where, sets, _ = sources.from_run(parser.parse_args([]), checkpoint["args"])

@@ -584,9 +584,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--plant", type=int, default=0, metavar="N",
         help="spoil N labels first, to see how many of them the suspects contain")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="of the files (default: the run's folder)")
-    evaluation.add_shared_flags(parser)
+    sources.add_eval_flags(parser)
     args = parser.parse_args(argv)
-    evaluation.check_shared(args)
+    sources.check_eval_flags(args)
     check_range(args, "suspects plant", 0)
     folder = Path(args.out) if args.out else checkpoint_of(args.run).parent
     records, found, classes, results, _ = detect_in(args.run, args)

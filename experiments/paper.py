@@ -14,7 +14,7 @@ Everything else follows train.py's default, which is bf16 where the hardware is 
 
 Runs go one after another (--jobs: several at once). Stopped by Ctrl-C, SIGTERM or --stop-after,
 each writes its checkpoint, and the same command goes on. Flags behind `--` are handed to train.py
-and win: `-- --extras residual` runs Table 2 with the extra layers of section 3.2.
+and win: `-- --config extras=residual` runs Table 2 with the extra layers of section 3.2.
 
 Finished runs are read from --runs (results.json, nonfinite.json, log.jsonl of train.py). Tables
 (Markdown), figures (SVG) and the numbers behind them (measured.json) are written to --out. The list
@@ -71,7 +71,8 @@ class Table(NamedTuple):
 # divided by their deviation, or the loss would start at 1,300. No warm-up: it would hide what
 # diverges. Flips only: short runs learn less from the full augmentation.
 SMALL_VGG = (
-    "--recipe ssd120k --backbone resnet18 --width 0.25 --batch-size 8 --augment flip --std 58 58 58"
+    "--recipe ssd120k --backbone resnet18 --width 0.25 --batch-size 8 --augment flip"
+    " --config std=58,58,58"
 )
 VGG = "--recipe ssd120k --backbone vgg16"
 # Section 4.1: pre-trained networks train as in SSD, at batch 32. Given, because the recipe's linear
@@ -104,7 +105,8 @@ def batchnorm_rows():
         yield Row(f"pretrained-bn-{bn}-batch128", what, number, flags, start=start)
     yield Row(
         "pretrained-ssd300", "SSD300 as published: vgg16.pth of ImageNet, L2 norm on conv4_3",
-        "77.2", f"{VGG} --bn none --l2-norm --lr 0.001 {BATCH_32}", start="vgg16 WEIGHTS/vgg16.pth",
+        "77.2", f"{VGG} --bn none --config l2_norm=True --lr 0.001 {BATCH_32}",
+        start="vgg16 WEIGHTS/vgg16.pth",
     )  # fmt: skip
 
 
@@ -153,13 +155,13 @@ def root_rows():
     for stride, numbers in paper.items():
         for (kernel, convs), number in numbers.items():
             name = "resnet18" if stride == 2 else "resnet18-b" if kernel == 7 else "root-resnet18"
-            stem = f"--stem {kernel} {convs} {stride}"
+            stem = f"--config stem={kernel},{convs},{stride}"
             small = kernel == 3 and (stride, convs) in ((2, 1), (1, 1), (1, 3))
             yield Row(
                 f"stride{stride}-{kernel}x{kernel}-{convs}",
                 f"{'with' if stride == 2 else 'no'} down-sampling, {convs} of {kernel}x{kernel}",
                 f"{number} ({fps[stride][kernel, convs]} FPS, Tesla P40)",
-                f"--recipe voc07 --backbone {name} {stem} --extras conv",
+                f"--recipe voc07 --backbone {name} {stem} extras=conv",
                 f"{SMALL_ROOT} --backbone {name} {stem}" if small else None,
             )
 
@@ -189,14 +191,14 @@ ROOT34 = "--backbone root-resnet34"
 VOC12_SETS = "--train-sets 2007:trainval 2007:test 2012:trainval"
 # DSOD with its own schedule and the eps of its heads
 DSOD = "--recipe voc07 --backbone dsod300 --lr 0.1 --drops 0.2 0.4 0.6 0.8"
-DSOD_EPS = "--head-bn-eps 0.001"
+DSOD_EPS = "--config head_bn_eps=0.001"
 TRANSFER = "--recipe voc07 --lr 0.001"
 FROM_COCO = "detector COCO_RUN/last.pt"
 COCO_SMALL = f"--recipe coco {ROOT34} --lr 0.05 {SMALL}"
 SSD321 = (
     " SSD321 has no command: its start is the ImageNet ResNet-101 of Caffe, with the stride in the "
     "first 1x1; torchvision's has it in the 3x3. From random weights: `--backbone ssd321 --size "
-    "321 --bn backbone --priors voc321`."
+    "321 --bn backbone --config priors=voc321`."
 )
 
 # fmt: off
@@ -286,7 +288,7 @@ TABLES["figure3"] = Table(
     (
         row_of("stride2-7x7-1")._replace(what="ResNet-18", paper="73.1"),
         Row("resnet18-a", "ResNet-18-A: without the max-pooling", "75.3",
-            "--recipe voc07 --backbone resnet18-a --extras conv",
+            "--recipe voc07 --backbone resnet18-a --config extras=conv",
             f"{SMALL_VOC} --backbone resnet18-a"),
         row_of("stride1-7x7-1")._replace(what="ResNet-18-B: without the stride", paper="77.6"),
         row_of("stride1-3x3-3")._replace(what="Root-ResNet-18", paper="78.5"),

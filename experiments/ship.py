@@ -22,10 +22,10 @@ from experiments import baselines  # noqa: F401  a checkpoint may have any netwo
 from metrics import summarise
 from plumbing import machine
 from plumbing.program import check_file, run_program
-from plumbing.sources import open_test_set
+from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
 from scratchdet import load_detector
 
-PATHS = ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes", "init", "out", "cache")
+PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
 NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "page", "data")
 SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
 FIRST = 200  # images of a measurement that a test can repeat in seconds
@@ -125,10 +125,10 @@ def page(card: dict, name: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("checkpoint", help="of train.py, at the end of its run")
-    evaluation.add_shared_flags(parser)
+    add_eval_flags(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="such as weights/NAME.pt")
     args = parser.parse_args(argv)
-    evaluation.check_shared(args)
+    check_eval_flags(args)
     check_file(args.out, args.checkpoint)
     model, run = load_detector(args.checkpoint, args.device)
     config, about, done = run["config"], run["args"], run.get("results")

@@ -1,6 +1,8 @@
 """Reading a checkpoint without trusting it."""
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,19 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
         ) from None
     return checkpoint
+
+
+@contextlib.contextmanager
+def of_this_code(path: str | Path, checkpoint: dict) -> Iterator[None]:
+    """Whatever fails inside becomes a ValueError: the checkpoint is of another network."""
+    try:
+        yield
+    except Exception as e:  # plain data from anywhere can make Python and torch fail in any way
+        why = " ".join(str(e).split())[:250] or type(e).__name__
+        raise ValueError(
+            f"{path}: of another network than this code's ({why}). It was written by commit "
+            f"{checkpoint.get('commit')}: use that code, or train again"
+        ) from None
 
 
 def take_weights(model: nn.Module, start: dict, name: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
         if not fine:
             raise ValueError(f"{name} = {getattr(config, name)!r}: expected {expected}")
 
+    for field in fields(config):
+        kind = {float: (int, float), type(None): (tuple, type(None))}.get(type(field.default))
+        right = isinstance(getattr(config, field.name), kind or type(field.default))
+        expect(right, field.name, f"a {type(field.default).__name__}, as {field.default!r} is")
     for name, allowed in (
         ("backbone", bodies),
         ("bn", ("all", "backbone", "head", "none")),
@@ -54,9 +59,20 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
     expect(odd, "stem", "(odd kernel, number of convolutions, stride), all above 0")
 
 
-def check_maps(config, sizes: list[tuple[int, int]], needed: int, sides_300: tuple) -> None:
+def check_priors(config, needed: int, priors: dict) -> None:
+    """ValueError where the config's priors are for another number of maps than the network has."""
+    if len(priors[config.priors]) != needed:
+        fitting = [name for name, rows in priors.items() if len(rows) == needed]
+        raise ValueError(
+            f"priors {config.priors!r} are for {len(priors[config.priors])} maps, "
+            f"{config.backbone} has {needed}: expected {' or '.join(fitting)}"
+        )
+
+
+def check_maps(config, sizes: list[tuple[int, int]], body: nn.Module, sides_300: tuple) -> None:
     """ValueError where the maps do not suit the head. `sizes`: (H, W) of the maps of an image of
-    config.size; `needed`: how many the head needs; `sides_300`: their sides for a 300x300 image."""
+    config.size; `sides_300`: their sides for a 300x300 image, where the backbone has no others."""
+    needed, sides_300 = len(body.channels), getattr(body, "maps_300", sides_300)
     if len(sizes) < needed:
         raise ValueError(
             f"size = {config.size}: {config.backbone} makes {len(sizes)} maps of such an image, "

@@ -1,6 +1,7 @@
 """What every program needs: how it fails, shows its progress, and is stopped."""
 
 import argparse
+import ast
 import contextlib
 import errno
 import math
@@ -91,6 +92,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         none = action.default is None or action.default is False or action.default == ()
         said = none or "default:" in action.help
         return action.help if said else super()._get_help_string(action)
+
+
+class SetFields(argparse.Action):
+    """FIELD=VALUE ...: each field becomes an argument of its own. `const`: the names there are."""
+
+    def __init__(self, **options):
+        super().__init__(**options, default=argparse.SUPPRESS)
+
+    def __call__(self, parser, namespace, values, option=None):
+        for text in values:
+            name, _, value = text.partition("=")
+            if name not in self.const or not value:
+                names = ", ".join(self.const)
+                parser.error(
+                    f"{option} {text}: expected FIELD=VALUE, where FIELD is one of {names}"
+                )
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError):  # a word, such as conv
+                pass
+            setattr(namespace, name, value)
 
 
 def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:

@@ -36,16 +36,8 @@ FILES += ("errors.json", "suspects.html")
 
 # A resumed run takes all arguments from its checkpoint, except those of MACHINE. The user may
 # change those of CHANGEABLE: the data may have moved, or a bad step is to be skipped.
-MACHINE = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every", "page")
-CHANGEABLE = (
-    "voc_root",
-    "coco_root",
-    "yolo_root",
-    "shapes_root",
-    "classes",
-    "skip_nonfinite",
-    "bf16",
-)
+MACHINE = ("out", "resume", "workers", "device", "cache", "save_every", "eval_every")
+CHANGEABLE = ("voc_root", "coco_root", "yolo_root", "classes", "skip_nonfinite", "bf16")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -192,11 +184,14 @@ class RunLog:
     only once in `every` steps. All ranks have a RunLog, but only the first one writes the file.
     """
 
-    def __init__(self, args: argparse.Namespace, about: dict, first: int, *, every: int):
-        self.args, self.about, self.out = args, about, Path(args.out)
+    def __init__(
+        self, args: argparse.Namespace, about: dict, first: int, names: list[str], *, every: int
+    ):
+        self.args, self.about, self.out, self.names = args, about, Path(args.out), names
         self.every, self.pending = every, []
         self.first, self.begin, self.skipped, self.stopping = first, time.perf_counter(), 0, False
-        self.lead = not dist.is_initialized() or dist.get_rank() == 0
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.lead = self.rank == 0
         self.file, self.progress = None, None
         if self.lead:
             cut_log(self.out / "log.jsonl", first)
@@ -204,13 +199,13 @@ class RunLog:
             self.file = open(self.out / "log.jsonl", "a", buffering=1, encoding="utf-8")
 
     def write(
-        self, step: int, values: dict[str, Tensor], lr: float, done: float, images: list[str]
+        self, step: int, values: dict[str, Tensor], lr: float, done: float, images: list[int]
     ) -> None:
-        """Notes a step: its scalars, learning rate and names of images. `done` is the share of the
-        run's work that is done after it."""
+        """Notes a step: its scalars, learning rate and the indices of its images. `done` is the
+        share of the run's work that is done after it."""
         if self.lead and self.progress is None:
             self.progress = Progress(self.args.iterations, "step", every=20, first=done)
-        self.pending.append((step, values, lr, done, images))
+        self.pending.append((step, values, lr, done, [self.names[i] for i in images]))
         if len(self.pending) == self.every:
             self.flush()
 

@@ -5,16 +5,18 @@
     records, classes = open_data(args, ["2007:trainval"])
     test, _ = open_data(args, ["2007:test"], classes)         labelled in the order of `classes`
 
-`args` has data, voc_root, coco_root, yolo_root, shapes_root, classes and drop_bad. The name of a
+`args` has data, voc_root, coco_root, yolo_root, classes and drop_bad. The name of a
 set may end in @train or @val: four fifths of it, and the rest, by a hash of the images' names.
 """
 
 import copy
-from argparse import Namespace, _ArgumentGroup
+import os
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from plumbing import coco, voc, yolo
 from plumbing.files import (
@@ -24,6 +26,8 @@ from plumbing.files import (
     one_form,
     read_classes,
 )
+from plumbing.machine import check_device
+from plumbing.program import check_range
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
 
 KINDS = ("shapes", "voc", "coco", "yolo")
@@ -42,11 +46,27 @@ def add_data_flags(group: _ArgumentGroup) -> None:
     add("--voc-root", metavar="DIR", help="VOC: the folder that holds VOC2007/, or the one above")
     add("--coco-root", metavar="DIR", help="COCO: the folder that holds annotations/, train2017/")
     add("--yolo-root", metavar="DIR", help="YOLO: the folder that holds images/, labels/")
-    add("--shapes-root", metavar="DIR", help="folder into which the shapes are drawn, once "
-        "(default: runs/shapes-data)")  # fmt: skip
     add("--classes", metavar="FILE", help="class names, one per line, or 'auto': those in the "
         "annotations (default: VOC's 20; COCO and YOLO list their own)")  # fmt: skip
     add("--drop-bad", action="store_true", help="leave out bad boxes and images, and list them")
+
+
+def add_eval_flags(parser: ArgumentParser) -> None:
+    """The flags of all programs that measure a detector: on which data, and how it runs."""
+    group = parser.add_argument_group("data (default: what the checkpoint was evaluated on)")
+    add_data_flags(group)
+    group.add_argument("--eval-sets", nargs="+", metavar="SET", help="as in train.py")
+    add = parser.add_argument_group("system").add_argument
+    add("--batch-size", type=int, default=8)
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_eval_flags(args: Namespace) -> None:
+    """ValueError for a device that is not here, or a number out of its range."""
+    check_device(args.device)
+    check_range(args, "batch_size", 1)
+    check_range(args, "workers", 0)
 
 
 def kind_of(args: Namespace, default: str = "shapes") -> str:
@@ -60,7 +80,7 @@ def kind_of(args: Namespace, default: str = "shapes") -> str:
 
 def make_absolute(args: Namespace) -> None:
     """Writes the roots, and the file of --classes, as absolute paths."""
-    for name in ("voc_root", "coco_root", "yolo_root", "shapes_root", "classes"):
+    for name in ("voc_root", "coco_root", "yolo_root", "classes"):
         if getattr(args, name) not in (None, "", "auto"):
             setattr(args, name, str(Path(getattr(args, name)).absolute()))
 
@@ -68,9 +88,9 @@ def make_absolute(args: Namespace) -> None:
 def root_of(args: Namespace) -> Path:
     """The folder of the data that the flags ask for; draws the shapes if they are not there."""
     kind = kind_of(args)
-    root = getattr(args, f"{kind}_root", None)
     if kind == "shapes":
-        return draw_shapes(root or "runs/shapes-data")
+        return draw_shapes("runs/shapes-data")
+    root = getattr(args, f"{kind}_root", None)
     if not root:
         raise ValueError(f"{kind}: where is it? Expected --{kind}-root DIR")
     return Path(root)
@@ -169,6 +189,17 @@ def open_data(
         raise BadData(root, f"--drop-bad leaves no object at all of {' '.join(sets)}")
     found.say()
     return records, tuple(names)
+
+
+def read_data(args: Namespace) -> tuple[list[Record], list[Record], tuple[str, ...], str]:
+    """-> (records to train on, records to evaluate, class names, what --drop-bad left out)."""
+    found = Findings(drop=args.drop_bad)
+    train, classes = open_data(args, args.train_sets, findings=found)
+    if args.overfit:
+        train = test = train[: args.overfit]
+    else:
+        test, _ = open_data(args, args.eval_sets, classes, findings=found)
+    return train, test, classes, found.dropped_text()
 
 
 def relabel(

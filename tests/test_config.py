@@ -1,5 +1,6 @@
 """Config, and reading checkpoints: ours, older ones, and files that are none."""
 
+import argparse
 import json
 import pickle
 from dataclasses import asdict, replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from plumbing.checkpoint import read_checkpoint
-from scratchdet import Config, ScratchDet, load_detector
+from scratchdet import Config, ScratchDet, add_config_flags, load_detector
 
 NARROW = Config(backbone="root-resnet18", width=0.25, classes=("a", "b", "c"))
 
@@ -48,6 +49,33 @@ def test_config_survives_json():
 def test_config_refuses_what_it_does_not_know(fields, said):
     with pytest.raises(ValueError, match=said):
         Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"std": 58}, "std = 58: expected a tuple"),
+        ({"width": "half"}, "width = 'half': expected a float"),
+        ({"stem": "wide"}, "stem = 'wide': expected"),
+        ({"mean": None}, "mean = None: expected a tuple"),
+    ],
+)
+def test_a_value_of_another_type_is_named(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Config(**fields)
+
+
+def test_the_command_line_sets_any_field(capsys):
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    words = ["--bn", "none", "--config", "stem=3,1,1", "extras=conv", "std=58,58,58.5"]
+    values = vars(parser.parse_args([*words, "--config", "extras=residual", "l2_norm=False"]))
+    assert Config(**values) == Config(bn="none", stem=(3, 1, 1), std=(58, 58, 58.5))
+    assert Config(**vars(parser.parse_args([]))) == Config()
+    for word in ("depth=3", "classes=dog", "stem", "stem="):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--config", word])
+        assert f"{word}: expected FIELD=VALUE, where FIELD is one of" in capsys.readouterr().err
 
 
 def test_config_of_a_newer_version_is_named():

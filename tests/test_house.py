@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (("plumbing", "ops"), ("metrics", "data", "scratchdet"), ("eval",), ("detect", "train"))
 UPWARDS = {  # the lines that reach up into experiments/: the rivals' networks, the final pages
     ("eval", "experiments.baselines"), ("train", "experiments.baselines"),
-    ("train", "experiments.report"), ("train", "experiments.page"), ("train", "experiments.errors"),
+    ("train", "experiments.report"), ("train", "experiments.errors"),
     ("scratchdet", "experiments.baselines"),
 }  # fmt: skip
 
@@ -62,9 +62,9 @@ def test_the_lesson_stays_short():
     counts = {name: count(ROOT / name) for name in MAIN_PATH}
     # Code is what a reader has to follow; comments may grow where they answer a question.
     assert sum(counts[name].code for name in LESSON) <= 1500
-    assert sum(counts[name].lines for name in LESSON) <= 2350
+    assert sum(counts[name].lines for name in LESSON) <= 2300
     for name, c in counts.items():
-        most = 100 if c.where == "main" else 75
+        most = 72 if c.where == "main" else 60
         assert c.longest <= most, (name, c.where, c.longest)
         assert 0.28 <= c.words / c.code <= 1.2, (name, c.words / c.code)
     assert sum(c.code for c in counts.values()) > 1000  # the counting itself works

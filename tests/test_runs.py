@@ -376,7 +376,7 @@ def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
 def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
     """The first 16 ids of VOC07 train, no augmentation: mAP >= .95 on themselves in 300 steps."""
     flags = ["--voc-root", voc_root, "--train-sets", "2007:train", "--overfit", 16]
-    flags += ["--width", 0.125, "--stem", 3, 1, 1]  # the network of the quick start
+    flags += ["--width", 0.125, "--config", "stem=3,1,1"]  # the network of the quick start
     flags += ["--out", tmp_path, "--iterations", OVERFIT_STEPS]
     begin = time.monotonic()
     finish(start(tmp_path, *flags, threads=2), tmp_path, 600)

@@ -87,7 +87,7 @@ def make_yolo(root: Path) -> Path:
 
 def flags(**given) -> Namespace:
     """Arguments as the programs have them."""
-    names = "data voc_root coco_root yolo_root shapes_root classes drop_bad".split()
+    names = "data voc_root coco_root yolo_root classes drop_bad".split()
     return Namespace(**(dict.fromkeys(names) | given))
 
 
