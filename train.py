@@ -347,27 +347,30 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple
     return results | {"cpu_minutes": round(seconds.item() / 60, 2)}, found
 
 
-def time_a_step(network, model, optimizer, stream: Callable, args) -> float:
+def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -> float:
     """Mean seconds of a step over the image sizes of the run; model and optimizer stay as they are.
 
-    `stream(size)` gives batches of images of that size.
+    `stream(step, images, size)` gives micro-batches from that step on; `micro` is their usual size.
     """
+    # On a CPU an image costs the same in a batch of any size: time 8 to know 128.
+    probe = min(micro, 8) if model.priors_cxcywh.is_cpu else micro
     sizes, _, ends = stages(args)
-    streams = {size: stream(size) for size in sizes}
+    streams = {size: stream(0, probe, size) for size in sizes}
 
     def one_step(size: int) -> Tensor:
         logged, _ = forward_backward(network, model, streams[size], args)
         update(optimizer, 0, logged, args)
         return logged["loc"]
 
-    return plan.time_a_step(one_step, sizes, ends, (model, optimizer), args.minutes or 0)
+    states, minutes = (model, optimizer), args.minutes or 0
+    return plan.time_a_step(one_step, sizes, ends, states, minutes) * micro / probe
 
 
 def train_steps(
     network: nn.Module, model: ScratchDet, optimizer: torch.optim.Optimizer, batches: Iterator,
-    log: run_folder.RunLog, save: Callable, measured: Callable, args: argparse.Namespace,
+    log: run_folder.RunLog, save: Callable, test_now: Callable, args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """The loop. `save(step)` writes a checkpoint, `measured()` evaluates the model on the way.
+    """The loop. `save(step)` writes a checkpoint, `test_now()` evaluates the model on the way.
 
     What a step logs stays on the GPU: the log fetches it every 20 steps, the only wait for it.
     """
@@ -388,7 +391,7 @@ def train_steps(
             if saves or (stop.number and not dist.is_initialized()):
                 log.flush()
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, measured)
+                log.measured(step, lambda: test_now()[0])
             if saves or log.stopping:
                 save(step + 1)
             if log.stopping and not last:
@@ -408,12 +411,13 @@ def main(argv: list[str] | None = None) -> dict:
     torch.backends.cudnn.benchmark = True  # all batches have one shape: find the fastest way once
 
     train, test, classes, left_out = sources.read_data(args)
+    if checkpoint:
+        run_folder.check_data(args.out, checkpoint, len(train), classes)
     model = make_model(args, classes, checkpoint, say)
     model = model.to(device, memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
     optimizer = make_optimizer(model, args)
     if checkpoint:
-        run_folder.check_data(args.out, checkpoint, len(train), classes)
         optimizer.load_state_dict(checkpoint["optimizer"])
     costs = plan.costs(model, micro, args)  # a run that does not fit ends here, with a remedy
     network = wrap(model, args, world)
@@ -432,32 +436,24 @@ def main(argv: list[str] | None = None) -> dict:
             cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
-    first, seconds = checkpoint["step"] if checkpoint else 0, None
-    if not checkpoint:
-        # On a CPU an image costs the same in a batch of any size: time 8 to know 128.
-        probe = min(micro, 8) if device.type == "cpu" else micro
-        trial = partial(stream, 0, probe)
-        seconds = time_a_step(network, model, optimizer, trial, args) * micro / probe
-        if args.minutes:
-            args.iterations = max(1, int(args.minutes * 60 / seconds))
+    seconds = time_a_step(network, model, optimizer, stream, micro, args) if not checkpoint else 0
+    if args.minutes and not checkpoint:
+        args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
-    names = [record.name for record in train]
-    log = run_folder.RunLog(args, about, first, names, every=1 if device.type == "cpu" else 20)
-    log.skipped, batches = checkpoint["skipped"] if checkpoint else 0, stream(first, micro)
+    log = run_folder.RunLog(args, about, checkpoint, train, every=1 if device.type == "cpu" else 20)
+    batches = stream(log.first, micro)
 
     def save(step: int) -> None:
         if lead:
             log.save(step, model, optimizer, images=len(train))
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
 
-    def measured() -> dict:
-        return measure(model, test, args, rank, world)[0]
-
-    train_steps(network, model, optimizer, batches, log, save, measured, args)
+    test_now = partial(measure, model, test, args, rank, world)
+    train_steps(network, model, optimizer, batches, log, save, test_now, args)
     log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
-    results, found = measure(model, test, args, rank, world)
+    results, found = test_now()
     if lead:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(results_text(results))

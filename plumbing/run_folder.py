@@ -185,16 +185,19 @@ class RunLog:
     """
 
     def __init__(
-        self, args: argparse.Namespace, about: dict, first: int, names: list[str], *, every: int
-    ):
-        self.args, self.about, self.out, self.names = args, about, Path(args.out), names
+        self, args: argparse.Namespace, about: dict, before: dict | None, records: list, *,
+        every: int,
+    ):  # fmt: skip
+        self.args, self.about, self.out, self.records = args, about, Path(args.out), records
         self.every, self.pending = every, []
-        self.first, self.begin, self.skipped, self.stopping = first, time.perf_counter(), 0, False
+        before = before or {"step": 0, "skipped": 0}  # the checkpoint from which the run goes on
+        self.first, self.skipped = before["step"], before["skipped"]
+        self.begin, self.stopping = time.perf_counter(), False
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.lead = self.rank == 0
         self.file, self.progress = None, None
         if self.lead:
-            cut_log(self.out / "log.jsonl", first)
+            cut_log(self.out / "log.jsonl", self.first)
             write_json(self.out / "run.json", about)
             self.file = open(self.out / "log.jsonl", "a", buffering=1, encoding="utf-8")
 
@@ -205,7 +208,7 @@ class RunLog:
         share of the run's work that is done after it."""
         if self.lead and self.progress is None:
             self.progress = Progress(self.args.iterations, "step", every=20, first=done)
-        self.pending.append((step, values, lr, done, [self.names[i] for i in images]))
+        self.pending.append((step, values, lr, done, [self.records[i].name for i in images]))
         if len(self.pending) == self.every:
             self.flush()
 
