@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch.distributed as dist
+
 from plumbing.files import (
     BadData,
     Findings,
@@ -41,7 +43,9 @@ def check_sets(
         if lacks := sorted(everything - set(classes)):
             what = f"lacks {', '.join(lacks)}: a network trained on it alone cannot be measured on"
             found.note(f"set {name}", f"{what} the sets that have them")
-    decode_all(list(records.values()), found, workers)
+    for error in decode_all(list(records.values()), found, workers):
+        if error:
+            found.refuse(error.where, error.what, error.kind)
 
     for title, kinds, most in (
         ("refused", found.refused, None),
@@ -65,7 +69,7 @@ def check_sets(
 
 
 def decode_all(
-    records: list[Record], found: Findings, workers: int | None = None
+    records: list[Record], found: Findings, workers: int | None = None, *, silent: bool = False
 ) -> list[BadData | None]:
     """Decodes every image, as training will -> for each record its error, or None."""
 
@@ -85,13 +89,26 @@ def decode_all(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow releases Python's lock
         for error in pool.map(fault, records):
             faults.append(error)
-            progress(len(faults))
-            if error:
-                found.refuse(error.where, error.what, error.kind)
+            if not silent:
+                progress(len(faults))
     return faults
 
 
 def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
-    """For --drop-bad: the records whose image can be decoded; `found` lists the others."""
-    faults = decode_all(records, found)
+    """For --drop-bad: the records whose image can be decoded; `found` lists the others.
+
+    Rank r of several decodes records[r::world], and tells the others.
+    """
+    several = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    parts: list = [decode_all(records[rank::world], found, silent=rank > 0)]
+    if several:
+        mine, parts = parts[0], [None] * world
+        dist.all_gather_object(parts, mine)
+    faults: list[BadData | None] = [None] * len(records)
+    for r, part in enumerate(parts):
+        faults[r::world] = part
+    for error in faults:
+        if error:
+            found.refuse(error.where, error.what, error.kind)
     return [record for record, error in zip(records, faults, strict=True) if error is None]

@@ -45,7 +45,7 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
             f"{has}. Leave it out"
         )
     expect(0 < config.width <= 4, "width", "a number in (0, 4]; 1 is the paper's")
-    expect(config.size >= 1, "size", "pixels; 300 is the paper's")
+    expect(1 <= config.size <= 8192, "size", "1 to 8192 pixels; 300 is the paper's")
     expect(0 < config.head_bn_eps < 1, "head_bn_eps", "a number between 0 and 1")
     if not config.head_bn and config.head_bn_eps != type(config).head_bn_eps:
         raise ValueError(f"head_bn_eps = {config.head_bn_eps}: bn = {config.bn!r} has none there")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from plumbing import coco, voc, yolo
 from plumbing.files import (
@@ -187,7 +188,8 @@ def open_data(
         records, names = relabel(records, names, classes, sets, found), classes
     if found.drop and annotated and not any(len(record.labels) for record in records):
         raise BadData(root, f"--drop-bad leaves no object at all of {' '.join(sets)}")
-    found.say()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found.say()
     return records, tuple(names)
 
 

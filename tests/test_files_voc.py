@@ -7,6 +7,7 @@ import pytest
 from trees import an_object, drop, flags, listed, make_voc, picture, run_check, write, xml_of
 
 import data
+from plumbing import check
 from plumbing.files import BadData, Findings, decode_pixels, open_record, read_classes
 from plumbing.sources import open_data
 from plumbing.voc import VOC_CLASSES, list_sets, read_voc
@@ -373,6 +374,34 @@ def test_drop_bad_counts_by_kind_and_lists(voc, capsys):
     text = found.dropped_text()
     assert text.count("\n") == len(kinds) + 10
     assert re.search(r"^# empty box: 2\n\S+a.xml:4: dog: .*is empty", text, re.MULTILINE)
+
+
+def test_of_two_ranks_each_decodes_half_and_both_leave_out_the_same(voc, monkeypatch):
+    whole = (voc / "JPEGImages/b.jpg").read_bytes()
+    for name in "cde":
+        write(voc / f"JPEGImages/{name}.jpg", whole[: len(whole) // (3 if name == "d" else 1)])
+        write(voc / f"Annotations/{name}.xml", xml_of(an_object()))
+    write(voc / "JPEGImages/a.jpg", whole[: len(whole) // 3])
+    write(voc / "ImageSets/Main/mine.txt", "\n".join("abcde"))
+    records, _ = read_voc(voc, ["mine"], VOC_CLASSES)
+    halves = [check.decode_all(records[r::2], Findings(drop=True)) for r in (0, 1)]
+    decoded, opens = [], check.open_record
+
+    def gather(parts, mine):
+        assert [error is None for error in mine] == [error is None for error in halves[rank]]
+        parts[:] = halves
+
+    monkeypatch.setattr(check.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(check.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(check.dist, "all_gather_object", gather)
+    monkeypatch.setattr(check, "open_record", lambda r: decoded.append(r) or opens(r))
+    for rank, share in enumerate((3, 2)):
+        monkeypatch.setattr(check.dist, "get_rank", lambda rank=rank: rank)
+        found = Findings(drop=True)
+        kept = check.leave_out_unreadable(records, found)
+        assert ([r.name for r in kept], len(decoded)) == (["b", "c", "e"], share)
+        assert [len(rows) for rows in found.dropped.values()] == [2]
+        decoded.clear()
 
 
 def test_drop_bad_does_not_hide_that_nothing_is_left(voc):
