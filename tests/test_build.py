@@ -270,6 +270,7 @@ def test_require_raises(tmp_path):
     assert re.search(r"BuildError: no C\+\+ compiler", err)
 
 
+@pytest.mark.slow
 def test_without_docstrings_and_assertions(tmp_path):
     process = start(tmp_path, "reference", PYTHONOPTIMIZE="2")
     out, err = process.communicate(timeout=120)

@@ -27,7 +27,7 @@ def check(name, folder, *changes):
         CHECKS[name](answer(name, *changes))
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "kernel"])  # it is below
 def test_our_answer_is_right(name, tmp_path):
     check(name, tmp_path)
 

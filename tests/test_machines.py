@@ -343,7 +343,9 @@ run(compare.main, last, last, "--draws", "10", "--out", folder + "/compare.html"
     ("options", "environment"),
     [
         ([], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
-        (["-OO"], {"PYTHONIOENCODING": "cp1252"}),  # and no assert, no __doc__
+        pytest.param(  # and no assert, no __doc__
+            ["-OO"], {"PYTHONIOENCODING": "cp1252"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["ascii", "cp1252"],
 )

@@ -25,8 +25,6 @@ from runs import run_flags, small_tree, voc_flags
 from scratchdet import Config, ScratchDet
 
 ROOT = Path(__file__).parents[1]
-OVERFIT_STEPS = 250
-CONTROL_STEPS = 450
 FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
 
 

@@ -346,12 +346,8 @@ WRONG = {
         "always three words a row": ("row * gridDim.x", "row * 3"),
     },
 }  # fmt: skip
-SLOW = (  # the first is found by waiting; each of the others compiles twice
-    "leaves before the others wait",
-    "fills the tile with its own rows",
-    "boxes suppress themselves and better ones",
-    "always three words a row",
-)
+EVERY_DAY = "IoU of the threshold suppresses"
+SLOW = tuple(what for what in WRONG["kernel"] if what != EVERY_DAY)  # each compiles a kernel
 
 
 def answer(name, *changes):
