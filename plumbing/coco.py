@@ -41,6 +41,7 @@ from plumbing.files import (
     stem_of,
     suggest,
     whole,
+    whole_or_name,
 )
 
 OTHERS = {  # a key that other tools' JSON files have: whose it is, and what the user can do
@@ -52,6 +53,7 @@ OTHERS = {  # a key that other tools' JSON files have: whose it is, and what the
     "objects": "Supervisely's own format: export as COCO or Pascal VOC",
     "data": "Label Studio's own format: export as COCO",
     "image": "CreateML's: export as COCO",
+    "score": "a list of detections: the annotations are in another file, instances_NAME.json",
 }
 
 
@@ -59,7 +61,7 @@ class Entry(NamedTuple):
     """One annotation, as the file has it."""
 
     where: str
-    image_id: int
+    image_id: int | str
     category: int
     xywh: object
     crowd: object
@@ -73,7 +75,7 @@ class Listing(NamedTuple):
     categories: list[tuple[int, str, str]]  # id, name, supercategory; by id
     images: list[tuple]  # id, file name, width, height
     entries: list[Entry]
-    image_ids: set[int] | None  # including images that are refused; None if some have no id
+    image_ids: set[int | str] | None  # including images that are refused; None if some have no id
     category_ids: set[int] | None
     total: int  # images, including those that are refused
 
@@ -198,9 +200,9 @@ def read_listing(path: Path, found: Findings) -> Listing:
     def refuse_constant(name):
         raise ValueError(f"{name} is no JSON number")
 
-    data = None
+    content, data = read_bytes(path), None
     try:
-        data = json.loads(read_bytes(path), parse_constant=refuse_constant)
+        data = json.loads(content, parse_constant=refuse_constant)
         if path.name.startswith("image_info"):  # a test set's: without annotations
             data.setdefault("annotations", [])
         for kind in ("categories", "images", "annotations"):
@@ -216,32 +218,34 @@ def read_listing(path: Path, found: Findings) -> Listing:
         for n, entry in enumerate(data[kind]):
             try:
                 good.append(take(entry) + (n,))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                bad.append((n, f"{type(error).__name__}: {error}"))
-        if len(bad) > 1 and not good and len({what.partition(":")[0] for _, what in bad}) == 1:
+            except KeyError as error:
+                bad.append((n, f"no {error}"))
+            except (TypeError, ValueError, AttributeError) as error:
+                bad.append((n, str(error)))
+        if len(bad) > 1 and not good and len({what.partition(" ")[0] for _, what in bad}) == 1:
             raise BadData(path, f"none of its {len(bad)} {kind} is COCO's; the first: {bad[0][1]}")
         for n, what in bad:
             what = f"not an entry as COCO's ({what})"
             found.refuse(f"{path} {kind}[{n}]", what, f"broken entry of {kind}")
         return good
 
-    def ids(kind: str) -> set[int] | None:
+    def ids(kind: str) -> set[int | str] | None:
         """The ids of all entries, including refused ones: what refers to those is not a new
         error."""
         try:
-            return {whole(entry["id"]) for entry in data[kind]}
+            return {whole_or_name(entry["id"]) for entry in data[kind]}
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     categories = rows("categories", lambda c: (
-        whole(c["id"]), one_form(str(c["name"])).strip(), str(c.get("supercategory")),
+        whole(c["id"]), named(c["name"]), str(c.get("supercategory")),
     ))  # fmt: skip
     images = rows("images", lambda i: (
-        whole(i["id"]), str(i["file_name"]), i.get("width"), i.get("height"),
+        whole_or_name(i["id"]), str(i["file_name"]), i.get("width"), i.get("height"),
     ))  # fmt: skip
     entries = rows("annotations", lambda a: (
-        a.get("id"), whole(a["image_id"]), whole(a["category_id"]), box_of(a), a.get("iscrowd"),
-        a.get("area"),
+        a.get("id"), whole_or_name(a["image_id"]), whole(a["category_id"]), box_of(a),
+        a.get("iscrowd"), a.get("area"),
     ))  # fmt: skip
     return Listing(
         path,
@@ -255,6 +259,13 @@ def read_listing(path: Path, found: Findings) -> Listing:
         ids("categories"),
         len(data["images"]),
     )
+
+
+def named(name: object) -> str:
+    """The name of a category."""
+    if isinstance(name, (str, int)) and one_form(str(name)).strip():
+        return one_form(str(name)).strip()
+    raise ValueError(f"name {name!r:.60}: expected a text")
 
 
 def box_of(annotation: dict) -> object:
@@ -332,7 +343,7 @@ def to_records(
                 what = f"{what} {key} is there {count} times"
                 found.refuse(path, what, "image listed twice", count - 1)
     paths = find_pictures(listing.images, folders, path)
-    images: dict[int, tuple[Path, tuple[int, int]]] = {}
+    images: dict[int | str, tuple[Path, tuple[int, int]]] = {}
     names: set[str] = set()
     chosen = part_of([stem_of(image[1]) for image in listing.images], part)
     for image_id, name, width, height in listing.images:

@@ -144,9 +144,17 @@ def read_bytes(path: Path) -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise BadData(path, f"expected a regular file of at most {limit >> 20} MiB")
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise BadData(path, f"cannot be read ({error.strerror})") from None
+    refuse_pointer(data, path)
+    return data
+
+
+def refuse_pointer(start: bytes, path: Path) -> None:
+    """BadData for what Git leaves in place of a large file until it is asked for it."""
+    if start.startswith(b"version https://git-lfs"):
+        raise BadData(path, "a pointer of Git LFS, not the file itself: run `git lfs pull` there")
 
 
 def read_text(path: str | Path) -> str:
@@ -326,7 +334,17 @@ def whole(value: object) -> int:
     """An id: of 7, 7.0 and "7", but not of 7.5."""
     if isinstance(value, float) and value % 1:  # inf % 1 is NaN
         raise ValueError(f"{value} is no whole number")
-    return int(value)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r:.60} is no whole number") from None
+
+
+def whole_or_name(value: object) -> int | str:
+    """An image's id, which some tools make a text: of 7 and "7" the number, of "a7" the text."""
+    if isinstance(value, str) and value.strip() and not value.strip().isdecimal():
+        return value
+    return whole(value)
 
 
 def check_box(
@@ -390,6 +408,8 @@ def open_image(path: Path, kind: str = "") -> Image.Image:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise BadData(path, "the file is empty, or no regular file", kind)
+        if status.st_size < 500:
+            refuse_pointer(path.read_bytes(), path)
         image = Image.open(path, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")

@@ -72,7 +72,8 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
     entities are declared (which can expand without bound, or read files of this machine). Prefixes
     of namespaces are dropped.
     """
-    parser = expat.ParserCreate()
+    data, encoding = in_utf8(read_bytes(path))
+    parser = expat.ParserCreate(encoding)
     parser.buffer_text = True
     stack: list[str] = []
     text: list[str] = []
@@ -110,15 +111,35 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
-    data = read_bytes(path)
     try:
         parser.Parse(data, True)
     except (ValueError, LookupError, expat.ExpatError) as error:
         what = str(error) if type(error) is ValueError else f"broken XML: {error}"
         what = what.partition(": line")[0] if data else "the file is empty"
+        if "invalid token" in what and not is_utf8(data):
+            what = "not UTF-8, and the file declares no other encoding; save it as UTF-8"
         where = f"{path}:{parser.CurrentLineNumber}"
         raise BadData(where, what, "annotation that cannot be read") from None
     return leaves
+
+
+def in_utf8(data: bytes) -> tuple[bytes, str | None]:
+    """The XML as expat can read it, and the encoding to tell it: it does not know those of several
+    bytes, such as GBK. None: as the file declares."""
+    declared = re.match(rb"""<\?xml[^>]*?encoding=["']([\w.-]+)["']""", data)
+    try:
+        expat.ParserCreate().Parse(declared[0] + b"?><a/>", True) if declared else None
+    except (ValueError, LookupError, expat.ExpatError):
+        with contextlib.suppress(ValueError, LookupError):  # unknown, or not what it says
+            return data.decode(declared[1].decode()).encode(), "utf-8"
+    return data, None
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
@@ -150,6 +171,9 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
     if not objects:
         found.note(xml, "no objects")
     rows = []
+    if deleted := [entry for entry in objects if entry.get("deleted") == "1"]:
+        found.handle(xml, "objects marked as deleted, left out", len(deleted))
+        objects = [entry for entry in objects if entry not in deleted]
     for entry in objects:
         entry["given"] = [entry.get(f"bndbox/{s}") for s in ("xmin", "ymin", "xmax", "ymax")]
         entry["box"] = [number(text) for text in entry["given"]]

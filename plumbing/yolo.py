@@ -251,20 +251,25 @@ def find_set(
         raise ValueError(f"set {name!r}: expected a name such as train")
     if (root / f"{name}.txt").is_file():
         return listed(root / f"{name}.txt")
-    if some := folder(name):
-        return some
     entry = settings.get(name)
+    several = isinstance(entry, list) and len(entry) > 1  # more than the folder of that name
+    if not several and (some := folder(name)):
+        return some
     rows = []
     for text in [entry] if isinstance(entry, str) else entry or []:
         parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         if parts and parts[-1].lower().endswith(".txt"):
             tails = [root / Path(*parts[n:]) for n in range(len(parts))]
-            if path := next(filter(Path.is_file, tails), None):
-                rows += listed(path)
-            continue
-        parts = [part for part in parts if part.casefold() not in IMAGE_FOLDERS]
-        starts = ("/".join(parts[n:]) for n in range(len(parts)))
-        rows += next(filter(None, map(folder, starts)), [])
+            path = next(filter(Path.is_file, tails), None)
+            more = listed(path) if path else []
+        else:
+            parts = [part for part in parts if part.casefold() not in IMAGE_FOLDERS]
+            starts = ("/".join(parts[n:]) for n in range(len(parts)))
+            more = next(filter(None, map(folder, starts)), [])
+        if several and not more:
+            what = f"{name}: no pictures in {text!r:.80}; expected folders or lists below {root}"
+            raise BadData(f"--yolo-root {root}", what)
+        rows += more
     if rows:
         return rows
     if pictures and (name == "all" or entry):
@@ -443,6 +448,6 @@ def read_yolo(
     with_picture = {key.rpartition(".")[0] for key in pictures}
     for key, path in label_files.items():
         if "/" in key and key not in with_picture and path.name.lower() not in NO_LABELS:
-            found.note(path, "a label file without a picture")
+            found.handle(path, "label files without a picture, left out")
     found.say()
     return records, [names[number_] for number_ in keep]

@@ -8,7 +8,7 @@ from trees import bounded, drop, flags, listed, make_coco, picture, run_check, w
 
 import data
 from plumbing.coco import category_ids, list_sets, read_coco
-from plumbing.files import BadData
+from plumbing.files import BadData, decode_pixels, open_record
 from plumbing.sources import open_data
 
 
@@ -44,6 +44,31 @@ def test_a_good_coco_tree(coco, capsys):
     assert "boxes without area, left out: 1" in capsys.readouterr().err
 
 
+def test_an_image_id_may_be_a_text(coco):
+    root, content = coco
+    for text in ("a7", "0007-b"):
+        spoiled = json.loads(json.dumps(content))
+        spoiled["images"][0]["id"] = text
+        for annotation in spoiled["annotations"]:
+            annotation["image_id"] = text
+        write_coco(root, spoiled)
+        (record,), _ = read_coco(root, ["train2017"])
+        assert (record.name, len(record.labels)) == (text, 2)
+
+
+def test_a_pointer_of_git_lfs_is_said(coco):
+    root, content = coco
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    image = root / "train2017/000007.jpg"
+    image.write_text(pointer)
+    write_coco(root, content)
+    with pytest.raises(BadData, match="000007.jpg: a pointer of Git LFS.*git lfs pull"):
+        decode_pixels(open_record(read_coco(root, ["train2017"])[0][0]), None)
+    write_coco(root, pointer)
+    with pytest.raises(BadData, match="instances_train2017.json: a pointer of Git LFS"):
+        read_coco(root, ["train2017"])
+
+
 def change(path, value):
     *path, last = path
 
@@ -76,7 +101,7 @@ def change(path, value):
         (change(["images", 0, "width"], 0), "image 7: size 0 x 40"),
         (change(["images", 0, "width"], 10**400), "image 7: size 1000.*whole numbers of pixels"),
         (change(["images", 0, "file_name"], "x" * 300), "image 7: no image"),
-        (change(["images", 0, "id"], "seven"), r"images\[0\]: not an entry.*'seven'"),
+        (change(["images", 0, "id"], "seven"), "annotation 1: no image 7 in the file"),
         (change(["images", 0, "id"], [7]), r"images\[0\]: not an entry"),
         (change(["images", 0], 7), r"images\[0\]: not an entry"),
         (change(["annotations", 0, "category_id"], [7]), r"annotations\[0\]: not an entry"),
@@ -84,8 +109,10 @@ def change(path, value):
             change(["annotations", 1, "image_id"], 7.5),
             r"annotations\[1\]: .*7.5 is no whole number",
         ),
-        (change(["annotations", 1], {"id": 2}), r"annotations\[1\]: .*KeyError: 'image_id'"),
+        (change(["annotations", 1], {"id": 2}), r"annotations\[1\]: .*no 'image_id'"),
         (change(["annotations", 0, "bbox"], "1234"), "bbox of four numbers.*; got '1234', 50.0, 0"),
+        (change(["categories", 0, "name"], " "), r"categories\[0\]: .*name ' ': expected a text"),
+        (change(["categories", 0, "name"], None), r"categories\[0\]: .*name None: expected"),
         (change(["categories", 0, "name"], "dog"), "category dog is there 2 times"),
         (change(["categories", 0, "id"], 18), "category id 18 is there 2 times"),
         (change(["annotations"], []), "no objects at all"),
@@ -133,8 +160,8 @@ def test_coco_names_every_entry_that_is_wrong(coco, capsys):
     assert status == 1
     for pattern in (
         r"\S+json images\[1\]  not an entry.*inf is no whole number",
-        r"\S+json images\[2\]  not an entry.*KeyError: 'id'",
-        r"\S+json annotations\[2\]  not an entry.*KeyError: 'bbox'",
+        r"\S+json images\[2\]  not an entry.*no 'id'",
+        r"\S+json annotations\[2\]  not an entry.*no 'bbox'",
     ):
         assert listed(out, "refused", pattern), out
     write_coco(root, content)
@@ -323,7 +350,7 @@ def test_one_cause_is_one_error(coco, capsys):
     for spoil, what in (
         (each("image_id", 8), r"no image 8 in the file \(40 annotations\)"),
         (each("category_id", 3), r"no category 3 in the file \(40 annotations\)"),
-        (without("bbox"), "none of its 40 annotations is COCO's; the first: KeyError: 'bbox'"),
+        (without("bbox"), "none of its 40 annotations is COCO's; the first: no 'bbox'"),
         (each("file_name", "no.jpg", "images"), "image 7  no image"),
         (each("id", None, "images"), r"images\[0\]  not an entry"),
         (without("file_name", kind="images"), r"images\[0\]  not an entry"),
@@ -359,6 +386,7 @@ def test_boxes_in_fractions_of_the_image_are_refused(coco):
         ({"size": {}, "objects": []}, "Supervisely"),
         ([{"id": 1, "data": {}, "annotations": []}], "Label Studio"),
         ([{"image": "a.jpg", "annotations": []}], "CreateML"),
+        ([{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], "a list of detections"),
         ({"x": 1}, "KeyError"),
     ],
 )

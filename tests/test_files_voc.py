@@ -334,6 +334,32 @@ def test_a_wrong_size_is_one_error_and_not_one_of_each_box(voc, capsys):
     assert out.count("refused ") == 1
 
 
+def test_encodings_that_the_parser_does_not_know(voc):
+    head = '<?xml version="1.0" encoding="{}"?>'
+    for encoding in ("GBK", "big5", "shift_jis", "euc-kr", "utf-16", "iso-8859-15"):
+        name = "dog" if encoding == "iso-8859-15" else "犬" if encoding != "euc-kr" else "견"
+        xml = head.format(encoding) + xml_of(an_object(name))
+        (voc / "Annotations/a.xml").write_bytes(xml.encode(encoding))
+        assert name in read_voc(voc, ["trainval"])[1], encoding
+    for xml, said in (
+        (xml_of(an_object("écrou")).encode("latin-1"), "not UTF-8, and the file declares no other"),
+        ((head.format("klingon") + xml_of(an_object())).encode(), "unknown encoding"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "pointer of Git LFS"),
+    ):
+        (voc / "Annotations/a.xml").write_bytes(xml)
+        with pytest.raises(BadData, match=said):
+            read_voc(voc, ["trainval"])
+
+
+def test_objects_that_are_marked_as_deleted(voc, capsys):
+    deleted = an_object("cat").replace("</object>", "<deleted>1</deleted></object>")
+    kept = an_object("dog").replace("</object>", "<deleted>0</deleted></object>")
+    write(voc / "Annotations/a.xml", xml_of(deleted, kept))
+    records, classes = read_voc(voc, ["trainval"])
+    assert (classes, records[0].labels.tolist()) == (["dog"], [1])
+    assert "objects marked as deleted, left out: 1" in capsys.readouterr().err
+
+
 # ---- --drop-bad
 
 

@@ -119,10 +119,10 @@ def test_bad_files(yolo):
     assert (len(records), counts) == (2, {"picture with an EXIF orientation": 1})
 
 
-def test_labels_that_no_picture_has_are_noted(yolo, capsys):
+def test_labels_that_no_picture_has_are_said(yolo, capsys):
     write(yolo / "labels/train/x.txt", "0 0.5 0.5 0.5 0.5\n")
     out = run_check(capsys, sets=["train"], yolo_root=yolo)[1]
-    assert listed(out, "note", r"\S+x.txt  a label file without a picture")
+    assert listed(out, "handled", r"\S+x.txt  label files without a picture, left out")
     for name in "ab":
         (yolo / f"labels/train/{name}.txt").rename(yolo / f"labels/train/{name}.label")
     with pytest.raises(
@@ -279,8 +279,10 @@ def test_names_in_data_yaml_lead_to_folders_and_lists(yolo):
     folders = "val:\n  - images/train\n  - images/val\nelse: images/nowhere\n"
     write(yolo / "data.yaml", f"names: [bolt, nut]\ntest: ../lists/mine.txt\n{folders}")
     assert [r.name for r in read_yolo(yolo, ["test"])[0]] == ["train/b"]
+    assert [r.name for r in read_yolo(yolo, ["val"])[0]] == ["train/a", "train/b", "val/c"]
     (yolo / "images/val").rename(yolo / "images/other")
-    assert [r.name for r in read_yolo(yolo, ["val"])[0]] == ["train/a", "train/b"]
+    with pytest.raises(BadData, match="val: no pictures in 'images/val'; expected folders or"):
+        read_yolo(yolo, ["val"])
 
 
 def test_missing_parts_name_what_is_missing(yolo, tmp_path_factory):

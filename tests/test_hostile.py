@@ -441,7 +441,7 @@ for flag, root in zip(sys.argv[1::2], sys.argv[2::2]):
     classes = "auto" if flag == "voc_root" else None
     (record,), names = open_data(flags(**{flag: root}, classes=classes), ["mine"])
     print(ascii(names), record.size, record.labels.tolist())
-    (record.path.parent / to_disk("\\u87ba\\u6813.txt")).touch()
+    (record.path.parent / to_disk("\\u87ba\\u6813.dat")).touch()
 """
 
 
@@ -467,4 +467,4 @@ def test_any_locale_reads_the_same(tmp_path):
         said.append(done.stdout)
     assert said[0] == said[1]
     assert said[0].count("crou") == 2  # and COCO's dog
-    assert (voc / "JPEGImages/\u87ba\u6813.txt").exists()
+    assert (voc / "JPEGImages/\u87ba\u6813.dat").exists()
