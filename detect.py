@@ -32,7 +32,7 @@ from plumbing import machine
 from plumbing.export import export
 from plumbing.files import SUFFIXES, open_image
 from plumbing.frames import split_jpegs
-from plumbing.pictures import as_rgb, draw_boxes, make_folder, upright
+from plumbing.pictures import as_rgb, draw_boxes, drawing_folder, upright
 from plumbing.program import Help, check_file, check_range, run_program
 from scratchdet import load_detector
 
@@ -139,7 +139,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
     """
     classes, rows, failed = model.config.classes, [], []
     pictures = find_pictures(args.pictures)
-    folder = make_folder(args.draw, pictures) if args.draw else None
+    folder = drawing_folder(args.draw, pictures) if args.draw else None
     for path, image in read_pictures(pictures, failed):
         found = detect_image(model, image, MULTI_SCALE if args.multi_scale else ONE_SCALE)
         rows.append(as_json(str(path), image, found, classes))

@@ -30,7 +30,7 @@ from metrics import Detections, summarise
 from ops.reference import normalise
 from plumbing import machine, sources, submission
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.pictures import as_rgb, draw_boxes, make_folder, save_sheet
+from plumbing.pictures import as_rgb, draw_boxes, drawing_folder, save_sheet
 from plumbing.program import Help, Progress, check_file, check_range, run_program
 from plumbing.tables import results_text
 from plumbing.threads import THREADS, spread
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json and not annotated:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
     if args.draw:
-        make_folder(args.draw, [r.path for r in records])
+        drawing_folder(args.draw, [r.path for r in records])
 
     if args.multi_scale:
         print("multi-scale: our recipe (the paper does not describe its own)")

@@ -13,7 +13,7 @@ import numpy as np
 
 from plumbing.files import BadData, Record, decode_pixels, open_record
 from plumbing.machine import free_space
-from plumbing.program import Progress
+from plumbing.program import Progress, make_folder
 
 try:
     import fcntl
@@ -51,8 +51,7 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
     it is complete, so nobody can read half of it. All workers and ranks of a machine read it
     through a memory map and share one copy in memory.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(folder), "--cache")
     total = int(cache_starts(records)[-1])
     files, stamp = hashlib.sha256(), hashlib.sha256()
     for record in records:

@@ -33,6 +33,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
     except Exception as e:  # torch raises many kinds of errors on damaged files
         why = " ".join(str(e).split())[:150] or type(e).__name__
+        if "Weights only" in why:
+            why = "it holds more than tensors and plain data, and might run code"
         raise ValueError(
             f"{path}: not a checkpoint of train.py, or damaged ({why}). Expected a file such as "
             "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"

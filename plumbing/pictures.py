@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from plumbing.files import exif_orientation, to_rgb
+from plumbing.program import make_folder
 
 GREEN, ORANGE = (0, 158, 60), (245, 130, 0)  # ground truth, detections
 CROWD = 8  # with so many boxes or more, colours and a legend replace the names
@@ -148,12 +149,9 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def make_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
+def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
     """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
     folder = Path(path)
     if any(folder.resolve() == picture.resolve().parent for picture in pictures):
         raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--draw {path}: a file; expected a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(folder, "--draw")

@@ -46,7 +46,8 @@ def check_flags(args: Namespace, given: Namespace) -> None:
         raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
     grows = [(0, 0.0), *args.sizes]
     if args.sizes and not (
-        grows[-1] == (args.size, 1) and all(a[1] < b[1] for a, b in itertools.pairwise(grows))
+        grows[-1] == (args.size, 1)
+        and all(a[1] < b[1] and b[0] > 0 for a, b in itertools.pairwise(grows))
     ):
         raise ValueError(
             f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "

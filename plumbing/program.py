@@ -82,7 +82,14 @@ def check_file(path: str | None, *inputs: str | Path) -> None:
         raise ValueError(f"{path or repr(path)}: a folder; expected the name of a file to write")
     if any(file == Path(name).resolve() for name in inputs):
         raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
+        file.open("ab").close()  # find out now, not after an hour's work
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another") from None
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -113,6 +120,17 @@ class SetFields(argparse.Action):
             except (ValueError, SyntaxError):  # a word, such as conv
                 pass
             setattr(namespace, name, value)
+
+
+def make_folder(path: Path, flag: str) -> Path:
+    """Makes a folder with all above it; ValueError with the name of the flag where it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {path}: no folder can be made there ({error.strerror}); choose another"
+        ) from None
+    return path
 
 
 def check_range(args: Namespace, names: str, low: float, high: float = math.inf) -> None:

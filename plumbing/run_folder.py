@@ -28,7 +28,7 @@ from torch import Tensor
 
 from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
-from plumbing.program import Progress, silence_output
+from plumbing.program import Progress, make_folder, silence_output
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
@@ -74,7 +74,8 @@ def start_folder(out: Path, left_out: str = "") -> str:
         names = (out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         aside = out.rename(next(path for path in names if not path.exists()))
         said = f"{out} held another run, now in {aside.name} (--resume goes on with a run)\n"
-    out.joinpath("detections").mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
+    make_folder(out / "detections", "--out")
     if left_out:
         path = out / "left_out.txt"
         path.write_text(left_out, encoding="utf-8", errors="backslashreplace")

@@ -33,7 +33,7 @@ from plumbing.files import (
     stays_inside,
 )
 from plumbing.pictures import GREEN
-from plumbing.program import run_program
+from plumbing.program import check_file, make_folder, run_program
 from plumbing.voc import read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -468,3 +468,23 @@ def test_any_locale_reads_the_same(tmp_path):
     assert said[0] == said[1]
     assert said[0].count("crou") == 2  # and COCO's dog
     assert (voc / "JPEGImages/\u87ba\u6813.dat").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/x", "{tmp}/file/x"])
+def test_a_place_that_cannot_be_written_is_said_with_its_flag(place, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    path = place.format(tmp=tmp_path)
+    for flag in ("--out", "--cache", "--draw"):
+        with pytest.raises(ValueError, match=f"{flag} .*x: no folder can be made there.*choose"):
+            make_folder(Path(path), flag)
+    with pytest.raises(ValueError, match=r"x.json: cannot be written \(.*choose another"):
+        check_file(f"{path}.json")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_to_write_is_tried_and_stays_as_it_is(tmp_path):
+    check_file(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "b.json").write_text("old")
+    check_file(tmp_path / "b.json")
+    assert (tmp_path / "b.json").read_text() == "old"

@@ -160,6 +160,7 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
         ("--minutes 0", "--minutes 0.0: expected 0.01 or more"),
         ("--minutes 9 --iterations 5", "--minutes and --iterations"),
         ("--recipe budget --drops 0.5", "--drops: recipe budget falls on a line"),
+        ("--sizes 0:.5 300:1", "--sizes 0:0.5 300:1: expected shares that grow, to 300:1"),
         ("--sizes 160:.5 224:1", "--sizes 160:0.5 224:1: expected shares that grow, to 300:1"),
         ("--sizes 160:.5 224:.4 300:1", "--sizes 160:0.5 224:0.4 300:1: expected shares that"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
