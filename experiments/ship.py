@@ -21,12 +21,13 @@ import train
 from experiments import baselines  # noqa: F401  a checkpoint may have any network
 from metrics import summarise
 from plumbing import machine
+from plumbing.checkpoint import read_checkpoint
 from plumbing.program import check_file, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
 from scratchdet import load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
-NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "page", "data")
+NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "data")
 SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
 FIRST = 200  # images of a measurement that a test can repeat in seconds
 LIMITS = (
@@ -61,6 +62,7 @@ def command_of(args: dict) -> str:
     """The command of a run: the flags that differ from the defaults of its recipe."""
     root = f"--{args['data']}-root"
     default = vars(train.parse_args([root, "DIR", "--recipe", args["recipe"], "--device", "cpu"]))
+    flags = {action.dest for action in train.make_parser()._actions}
     words = ["python train.py", root, "DIR"]
     for name in ("recipe", *sorted(set(args) & set(default) - {"recipe"})):
         value = args[name]
@@ -68,10 +70,24 @@ def command_of(args: dict) -> str:
             continue
         if name == "sizes":
             value = [f"{size}:{share:g}" for size, share in value]
+        if name not in flags:  # a field of Config
+            words += ["--config", f"{name}={value}".replace(" ", "")]
+            continue
+        if value is False:
+            words.append(f"--no-{name.replace('_', '-')}")
+            continue
         values = value if isinstance(value, (list, tuple)) else [value]
         words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if type(v) is float else str(v)
                   for v in values if v is not True)]  # fmt: skip
     return " ".join(words)
+
+
+def parts_before(init: str | None) -> list[dict]:
+    """The runs that made the file from which a run began (--init), if it was shipped."""
+    card = read_checkpoint(init).get("card") if init else None
+    if card is None:
+        return []
+    return [*card.get("before", []), {k: card[k] for k in ("command", "commit", "cpu_hours")}]
 
 
 def numbers(results: dict) -> dict:
@@ -98,7 +114,12 @@ def page(card: dict, name: str) -> str:
         "|---|---|",
         f"| network | {config}; {card['bytes'] / 1e6:.1f} MB, convolutions in fp16 |",
         f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images |",
-        f"| command | `{card['command']}` |",
+        *(
+            f"| first | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours |"
+            for p in card.get("before", [])
+        ),
+        f"| command{', from its weights (--init)' * bool(card.get('before'))} | "
+        f"`{card['command']}` |",
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
         f"| cost | {card['cpu_hours']:.2f} CPU hours on {card['machine']} |",
         f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
@@ -150,6 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     seen = measure(trained[:1], results["images"])
     state = halved(run["model"])
     card = {
+        "before": parts_before(about.get("init")),
         "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
         "command": command_of(about),
         "train_sets": trained, "eval_sets": tested, "images": run["images"],
