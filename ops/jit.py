@@ -200,20 +200,37 @@ def _compile(library, sources, flags, *, cuda):
 def _load_extension(*arguments, **options):
     """torch.utils.cpp_extension.load, without the loading: `build` does that, if it is wanted.
 
-    torch's warnings about its own tools are left out; an error says what is wrong.
+    torch's warnings about its own tools are left out; an error says what is wrong. So is its lock,
+    which fails where a file system has none: the folder is this process's own.
     """
+    from torch.utils import cpp_extension  # slow to import, and only a build needs it
+
     loading, level = torch.ops.load_library, logging.root.manager.disable
+    locks = {n: vars(cpp_extension)[n] for n in TORCHS_LOCKS if n in vars(cpp_extension)}
     logging.disable(logging.WARNING)
     try:
-        from torch.utils import cpp_extension  # slow to import, and only a build needs it
-
         torch.ops.load_library = lambda path: None
+        vars(cpp_extension).update(dict.fromkeys(locks, _NoLock))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cpp_extension.load(*arguments, **options)
     finally:
         torch.ops.load_library = loading
+        vars(cpp_extension).update(locks)
         logging.disable(level)
+
+
+TORCHS_LOCKS = ("FileBaton", "FileLock")  # until torch 2.13, from 2.14 on
+
+
+class _NoLock(contextlib.nullcontext):
+    """In place of torch's lock."""
+
+    def try_acquire(self):
+        return True
+
+    def release(self):
+        pass
 
 
 def _one_word_compiler(work):
