@@ -305,7 +305,8 @@ def draw(run: Path) -> None:
     """RUN/seen/1.jpg, ...: what it detects in its pictures, by the code of this copy."""
     model, checkpoint = load_detector(run / "last.pt")
     saved, classes = argparse.Namespace(**checkpoint["args"]), model.config.classes
-    records = sources.open_data(saved, saved.eval_sets, classes)[0][: saved.overfit]
+    # as train.py reads them: with the network's classes given, objects of no class are left out
+    records = sources.open_data(saved, saved.train_sets)[0][: saved.overfit]
     threshold = shown_from(run, classes)
     (run / "seen").mkdir(exist_ok=True)
     found = evaluation.run_detector(model, records, what=None)
