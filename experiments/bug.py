@@ -228,7 +228,7 @@ def around(mutant) -> list[Function]:
 
 
 def named(name: str) -> list[Function]:
-    """The functions of that name: `flip`, `Head.forward`, `reference.match`."""
+    """The functions of that name: `crop`, `BasicBlock.forward`, `reference.nms`."""
     name = name.removesuffix("()")
     found = []
     for f in functions():
@@ -523,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("number", nargs="?", type=int, choices=range(1, len(BUGS) + 1))
     parser.add_argument("--guess", metavar="WHERE",
-        help="a function (flip, Head.forward, reference.match) or FILE.py:LINE")  # fmt: skip
+        help="a function (crop, BasicBlock.forward, reference.nms) or FILE.py:LINE")  # fmt: skip
     parser.add_argument("--hint", action="store_true", help="where to look")
     parser.add_argument("--tell", action="store_true", help="the line, who had it, which test")
     parser.add_argument("--out", metavar="DIR", default="runs/bugs", help="of runs and pages")
