@@ -141,7 +141,7 @@ BUGS = [
         "IoU with sides one longer",
         "mAP and pictures are nearly right. Compare the positives per image. In which unit are the "
         "boxes?",
-        "A tenth of the positives: almost no prior reaches an IoU of .5, so each object has only "
+        "A ninth of the positives: almost no prior reaches an IoU of .5, so each object has only "
         "the one that is forced. A pixel was added to a side, but the boxes are in units of the "
         "image, where 1 is all of it.",
         "xg-chu/CrowdDet #47 (the areas have the + 1, the intersection has none)",
