@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -91,11 +92,30 @@ def find_pictures(names: list[str]) -> list[Path]:
             raise ValueError(f"{name}: no such picture or folder")
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         # Only a folder is filtered by suffix: whoever names a file means it.
-        some = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
-        if path.is_dir() and not some:
+        inside = [p for p in inside if not p.name.startswith(".") or not path.is_dir()]
+        some = [p for p in inside if p.suffix.lower() in SUFFIXES or not path.is_dir()]
+        if not some:
             raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
-        pictures += some if path.is_dir() else [path]
+        others = Counter(p.suffix for p in set(inside) - set(some) if p.is_file())
+        if others:
+            print(f"{name}: {others.total()} files left out, which are no pictures by their suffix: "
+                  f"{' '.join(sorted(others))}", file=sys.stderr)  # fmt: skip
+        pictures += some
     return pictures
+
+
+def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
+    """A file name for each drawn picture, all different: its own, where several have it with the
+    folders above. A suffix that Pillow does not know becomes .jpg."""
+    own, names, used = Counter(path.name for path in pictures), {}, set()
+    for path in dict.fromkeys(pictures):
+        parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]
+        while (name := "_".join(all_parts[-parts:])) in used and parts < len(all_parts):
+            parts += 1
+        known = path.suffix.lower() in Image.registered_extensions()
+        names[path] = name if known else f"{name}.jpg"
+        used |= {name, names[path]}
+    return names
 
 
 def as_json(name: str, image: Image.Image, found: Detections, classes: tuple[str, ...]) -> dict:
@@ -138,21 +158,19 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
     -> the exit status: 1 if a picture could not be read, else 0.
     """
     classes, rows, failed = model.config.classes, [], []
-    pictures = find_pictures(args.pictures)
+    pictures = args.found
     folder = drawing_folder(args.draw, pictures) if args.draw else None
+    names = names_to_draw(pictures)
     for path, image in read_pictures(pictures, failed):
         found = detect_image(model, image, MULTI_SCALE if args.multi_scale else ONE_SCALE)
         rows.append(as_json(str(path), image, found, classes))
         print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
         if folder:
             boxes, scores, labels = (x[found.scores >= args.min_score] for x in found)
-            # Two folders may hold pictures of one name, which must not overwrite each other.
-            twice = sum(p.name == path.name for p in pictures) > 1
-            drawn = folder / (f"{path.parent.name}_{path.name}" if twice else path.name)
-            # A name whose suffix Pillow does not know becomes a JPEG.
-            draw_boxes(image, boxes, labels, scores, classes).save(
-                drawn if drawn.suffix.lower() in Image.registered_extensions() else f"{drawn}.jpg"
-            )
+            drawn = folder / names[path]
+            if drawn.is_symlink():  # it may lead to somebody's original
+                raise ValueError(f"--draw {folder}: {drawn.name} there is a link; choose another")
+            draw_boxes(image, boxes, labels, scores, classes).save(drawn)
     if rows and not any(d["score"] >= args.min_score for r in rows for d in r["detections"]):
         print(
             f"nothing found in {len(rows)} pictures. This checkpoint knows {', '.join(classes)}, "
@@ -233,8 +251,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.checkpoint = next((str(p) for p in DEFAULTS if p.exists()), None)
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
+    args.found = [] if args.pictures == ["-"] else find_pictures(args.pictures)
     for file in (args.json, args.export):  # fail now, not after all pictures
-        check_file(file, args.checkpoint, *args.pictures)
+        check_file(file, args.checkpoint, *args.found)
     return args
 
 

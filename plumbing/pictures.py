@@ -1,6 +1,7 @@
 """Pictures with boxes, and sheets of pictures."""
 
 import colorsys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def upright(image: Image.Image) -> Image.Image:
 def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
     """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
     folder = Path(path)
-    if any(folder.resolve() == picture.resolve().parent for picture in pictures):
+    real = os.path.realpath  # as Path.resolve, but a link in a circle is no error
+    places = [(real(path.parent), os.path.dirname(real(path))) for path in pictures]
+    if any(real(folder) in place for place in places):
         raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")
     return make_folder(folder, "--draw")

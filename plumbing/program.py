@@ -77,10 +77,10 @@ def check_file(path: str | None, *inputs: str | Path) -> None:
     """Makes the folder of a file to be written; ValueError for a folder, or for an input's name."""
     if path is None:
         return
-    file = Path(path).resolve()
+    file = Path(os.path.realpath(path))
     if not path or file.is_dir():
         raise ValueError(f"{path or repr(path)}: a folder; expected the name of a file to write")
-    if any(file == Path(name).resolve() for name in inputs):
+    if any(file == Path(os.path.realpath(name)) for name in inputs):
         raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,7 @@ def read_annotation(xml: Path, image: Path, found: Findings) -> tuple:
             )
             found.refuse(where, what, "object without a box")
         elif check_box(box, size, name, where, found, given):
-            rows.append((one_form(name), box, DIFFICULT[difficult], where))
+            rows.append((one_form(" ".join(name.split())), box, DIFFICULT[difficult], where))
             if min(box[:2]) < 1:
                 found.note(where, "box counts from 0 (VOC's count from 1); nothing is subtracted")
             if any(side % 1 for side in box):

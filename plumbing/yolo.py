@@ -18,6 +18,8 @@ and some the rotated one.
 
 import contextlib
 import itertools
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,7 +68,7 @@ def read_yaml(path: Path) -> dict[str, object]:
     lines = []
     for n, line in enumerate(read_text(path).splitlines(), 1):
         text = without_comment(line.rstrip())
-        if text.strip() and text != "---":
+        if text.strip() and text not in ("---", "...") and not text.startswith("%YAML"):
             lines.append((text, f"{path}:{n}"))
     values: dict[str, object] = {}
     n = 0
@@ -75,6 +77,8 @@ def read_yaml(path: Path) -> dict[str, object]:
         n += 1
         key, colon, value = text.partition(":")
         key, value = unquoted(key), value.strip()
+        if not value and n < len(lines) and lines[n][0].strip()[0] in "[{":  # on the next line
+            value, n = lines[n][0].strip(), n + 1
         if not colon or text[0] in " \t-" or not key:
             raise BadData(where, f"expected `key: value`; got {text.strip()[:60]!r}")
         if value[:1] in ("[", "{") and value:
@@ -135,8 +139,12 @@ def split_items(text: str) -> list[str]:
 
 def unquoted(text: str) -> str:
     text = text.strip()
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1].replace("''", "'") if text[0] == "'" else text[1:-1]
+    if len(text) >= 2 and text[0] == text[-1] == "'":
+        return text[1:-1].replace("''", "'")
+    if len(text) >= 2 and text[0] == text[-1] == '"':  # escapes, such as PyYAML's "\\xE9crou"
+        with contextlib.suppress(ValueError):
+            return json.loads(re.sub(r"\\x([0-9A-Fa-f]{2})", r"\\u00\1", text))
+        return text[1:-1]
     return text
 
 
@@ -175,6 +183,8 @@ def names_of(root: Path, settings: dict, file: Path | None) -> tuple[list[str], 
         if [n for n, _ in numbers] != list(range(len(names))):
             raise BadData(file, f"names: expected the numbers 0 to {len(names) - 1}, each once")
         names = [name for _, name in numbers]
+    if isinstance(names, list) and not all(names):
+        raise BadData(file, f"names: the name of class {names.index('')} is empty")
     if isinstance(names, list) and names:
         return [one_form(name) for name in names], file
     for folder in (root, root / "labels", root / "images", *sorted(root.glob("obj_*_data"))):
@@ -247,33 +257,37 @@ def find_set(
         start = one_form(start).strip("/")
         return [(key, pictures[key]) for key in pictures if key.startswith(f"{start}/")]
 
-    if not stays_inside(name or "/"):
-        raise ValueError(f"set {name!r}: expected a name such as train")
-    if (root / f"{name}.txt").is_file():
-        return listed(root / f"{name}.txt")
-    entry = settings.get(name)
-    several = isinstance(entry, list) and len(entry) > 1  # more than the folder of that name
-    if not several and (some := folder(name)):
-        return some
-    rows = []
-    for text in [entry] if isinstance(entry, str) else entry or []:
+    def entry_of_yaml(text: str) -> list[tuple[str, object]]:
         parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         if parts and parts[-1].lower().endswith(".txt"):
             tails = [root / Path(*parts[n:]) for n in range(len(parts))]
             path = next(filter(Path.is_file, tails), None)
-            more = listed(path) if path else []
-        else:
-            parts = [part for part in parts if part.casefold() not in IMAGE_FOLDERS]
-            starts = ("/".join(parts[n:]) for n in range(len(parts)))
-            more = next(filter(None, map(folder, starts)), [])
-        if several and not more:
-            what = f"{name}: no pictures in {text!r:.80}; expected folders or lists below {root}"
-            raise BadData(f"--yolo-root {root}", what)
-        rows += more
-    if rows:
-        return rows
-    if pictures and (name == "all" or entry):
-        return [(key, path) for key, path in pictures.items()]
+            return listed(path) if path else []
+        parts = [part for part in parts if part.casefold() not in IMAGE_FOLDERS]
+        if not parts:  # the root, or images/
+            return list(pictures.items())
+        starts = ("/".join(parts[n:]) for n in range(len(parts)))
+        return next(filter(None, map(folder, starts)), [])
+
+    if not stays_inside(name or "/"):
+        raise ValueError(f"set {name!r}: expected a name such as train")
+    entry = settings.get(name)
+    texts = [entry] if isinstance(entry, str) else list(entry or [])
+    texts = [text for text in texts if text.lower() not in ("", "~", "null")]
+    own = root / f"{name}.txt"  # comes before what the .yaml says, unless that is a list, too
+    if own.is_file() and not any(text.lower().endswith(".txt") for text in texts):
+        return listed(own)
+    found = [(text, entry_of_yaml(text)) for text in texts]
+    lost = next((text for text, rows in found if not rows), None)
+    if found and lost is None:  # the .yaml counts, as for the tools that wrote it
+        return [row for _, rows in found for row in rows]
+    if len(found) < 2 and (some := listed(own) if own.is_file() else folder(name)):
+        return some
+    if lost is not None and pictures:
+        what = f"no pictures in {lost!r:.80}, which its .yaml names as {name!r}; expected a folder"
+        raise BadData(f"--yolo-root {root}", f"{what}, or a list of pictures, below {root}")
+    if pictures and name == "all":
+        return list(pictures.items())
     message = f"no set {name!r}: expected images/{name}/ and labels/{name}/, or a list {name}.txt"
     if not root.is_dir():
         message = "no such folder; expected the one that contains images/ and labels/"

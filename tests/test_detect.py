@@ -227,7 +227,9 @@ def test_the_threshold_is_the_checkpoints_own(tmp_path):
         ([], "which picture"),
         (["{run}", "--min-score", "30"], "--min-score 30.0: expected 0 to 1"),
         (["{run}", "--min-score", "nan"], "--min-score nan: expected 0 to 1"),
-        (["{run}/a.jpg", "--json", "{run}"], "{run}: a folder; expected"),
+        (["{jpg}", "--json", "{run}"], "{run}: a folder; expected"),
+        (["{jpgs}", "--json", "{jpg}"], "{jpg}: would be overwritten"),
+        (["{jpgs}", "--export", "{jpg}"], "{jpg}: would be overwritten"),
         (["--export", "{run}"], "{run}: a folder; expected"),
         (["{jpg}", "--draw", "{jpgs}"], "--draw {jpgs}: the pictures are there"),
         (["{jpg}", "--checkpoint", "{run}/none.pt"], "none.pt: no such checkpoint"),
@@ -242,6 +244,45 @@ def test_bad_input(flags, message, checkpoint, records, tmp_path):
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
         detect.main(flags)
     assert message.format(**values) in str(error.value)
+
+
+def test_originals_behind_links_are_not_drawn_upon(checkpoint, records, tmp_path, capsys):
+    jpg = records[0].path
+    whole = jpg.read_bytes()
+    for folder in ("links", "out"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jpg").symlink_to(jpg)
+    loop = tmp_path / "links" / "loop.jpg"
+    loop.symlink_to("loop.jpg")
+    flags = [str(tmp_path / "links"), "--checkpoint", str(checkpoint), "--draw"]
+    with pytest.raises(ValueError, match="links: the pictures are there and would be overwritten"):
+        detect.main([*flags, str(tmp_path / "links")])
+    with pytest.raises(ValueError, match=r"p.jpg there is a link; choose another"):
+        detect.main([*flags, str(tmp_path / "out")])
+    assert detect.main([*flags, str(tmp_path / "new")]) == 1
+    assert "1 of 2 pictures cannot be read" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["p.jpg"]
+    assert jpg.read_bytes() == whole
+
+
+def test_every_drawn_picture_has_a_name_of_its_own():
+    paths = ["a/x/1.jpg", "b/x/1.jpg", "c/x_1.jpg", "2.jpg", "2.heic", "d/2.heic.jpg"]
+    pictures = [Path("/") / path for path in paths]
+    names = detect.names_to_draw(pictures)
+    assert len(set(names.values())) == len(pictures)
+    assert names[pictures[0]] == "x_1.jpg"
+    assert names[pictures[3]] == "2.jpg"
+    many = [Path(f"/{n}/1.jpg") for n in range(5000)]
+    assert len(set(detect.names_to_draw(many + many).values())) == 5000
+
+
+def test_files_that_are_no_pictures_by_their_suffix_are_said(tmp_path, capsys):
+    for name in ("a.jpg", "b.heic", "c.tga", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in detect.find_pictures([str(tmp_path)])] == ["a.jpg"]
+    assert "2 files left out, which are no pictures by their suffix: .heic .tga" in (
+        capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------ films

@@ -178,6 +178,16 @@ def test_names_with_marks(yolo):
     write(yolo / "data.yaml", text)
     names = ["driver's", "it's # 1, b", "a: b", "\u00e9crou", "a#b"]
     assert read_yolo(yolo, ["train"])[1] == names
+    for text in (
+        '%YAML 1.1\n---\nnames:\n- "\\xE9crou"\n- "\\u87ba\\u6813"\n...\n',
+        'names:\n  ["\\u00e9crou",\n  \u87ba\u6813]\n',
+        "names:\n  {0: \u00e9crou, 1: '\u87ba\u6813'}\n",
+    ):
+        (yolo / "data.yaml").write_text(text, encoding="utf-8")
+        assert read_yolo(yolo, ["train"])[1] == ["\u00e9crou", "\u87ba\u6813"]
+    write(yolo / "data.yaml", "names: [bolt, '']\n")
+    with pytest.raises(BadData, match="names: the name of class 1 is empty"):
+        read_yolo(yolo, ["train"])
     write(yolo / "data.yaml", f"names: [driver's, 'it''s # 1, b', \"a: b\", {name}, a#b] # c\n")
     assert read_yolo(yolo, ["train"])[1] == names
 
@@ -281,7 +291,21 @@ def test_names_in_data_yaml_lead_to_folders_and_lists(yolo):
     assert [r.name for r in read_yolo(yolo, ["test"])[0]] == ["train/b"]
     assert [r.name for r in read_yolo(yolo, ["val"])[0]] == ["train/a", "train/b", "val/c"]
     (yolo / "images/val").rename(yolo / "images/other")
-    with pytest.raises(BadData, match="val: no pictures in 'images/val'; expected folders or"):
+    for text in ("images/p9", "lists/no.txt", "images/*.jpg", "{a: images/train}"):
+        (yolo / "data.yaml").write_text(f"names: [bolt, nut]\nmine: {text}\n")
+        with pytest.raises(BadData, match="no pictures in .*, which its .yaml names as 'mine'"):
+            read_yolo(yolo, ["mine"])
+    for text in ("~", "null", ""):
+        (yolo / "data.yaml").write_text(f"names: [bolt, nut]\nmine: {text}\n")
+        with pytest.raises(BadData, match="no set 'mine'"):
+            read_yolo(yolo, ["mine"])
+    write(yolo / "folds/train0.txt", "images/train/b.jpg\n")
+    (yolo / "data.yaml").write_text("names: [bolt, nut]\ntrain: folds/train0.txt\n")
+    assert [r.name for r in read_yolo(yolo, ["train"])[0]] == ["train/b"]  # not the folder
+    write(yolo / "data.yaml", f"names: [bolt, nut]\n{folders}")
+    with pytest.raises(
+        BadData, match="no pictures in 'images/val', which its .yaml names as 'val'"
+    ):
         read_yolo(yolo, ["val"])
 
 
