@@ -98,8 +98,8 @@ def find_pictures(names: list[str]) -> list[Path]:
             raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
         others = Counter(p.suffix for p in set(inside) - set(some) if p.is_file())
         if others:
-            print(f"{name}: {others.total()} files left out, which are no pictures by their suffix: "
-                  f"{' '.join(sorted(others))}", file=sys.stderr)  # fmt: skip
+            what = f"{others.total()} files left out, which are no pictures by their suffix"
+            print(f"{name}: {what}: {' '.join(sorted(others))}", file=sys.stderr)
         pictures += some
     return pictures
 

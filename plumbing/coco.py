@@ -205,6 +205,8 @@ def read_listing(path: Path, found: Findings) -> Listing:
         data = json.loads(content, parse_constant=refuse_constant)
         if path.name.startswith("image_info"):  # a test set's: without annotations
             data.setdefault("annotations", [])
+        if isinstance(data, list) and not whose(data):
+            raise TypeError("a list; expected an object with images, annotations and categories")
         for kind in ("categories", "images", "annotations"):
             if not isinstance(data[kind], list):
                 raise TypeError(f"{kind} must be a list")
@@ -221,7 +223,8 @@ def read_listing(path: Path, found: Findings) -> Listing:
             except KeyError as error:
                 bad.append((n, f"no {error}"))
             except (TypeError, ValueError, AttributeError) as error:
-                bad.append((n, str(error)))
+                what = f"{entry!r:.40}: expected an object with names"
+                bad.append((n, str(error) if isinstance(entry, dict) else what))
         if len(bad) > 1 and not good and len({what.partition(" ")[0] for _, what in bad}) == 1:
             raise BadData(path, f"none of its {len(bad)} {kind} is COCO's; the first: {bad[0][1]}")
         for n, what in bad:
@@ -275,6 +278,8 @@ def box_of(annotation: dict) -> object:
     polygons = annotation.get("segmentation")
     if not isinstance(polygons, list) or not polygons:
         return annotation["bbox"]
+    if not isinstance(polygons[0], list):  # a single one, not in a list of its own
+        polygons = [polygons]
     points = [p for polygon in polygons for p in polygon]
     if len(points) < 6:
         raise ValueError("neither a bbox nor a polygon")

@@ -152,9 +152,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
-    """BadData for what Git leaves in place of a large file until it is asked for it."""
+    """BadData for what Git LFS leaves in place of a large file, and for compressed files."""
     if start.startswith(b"version https://git-lfs"):
         raise BadData(path, "a pointer of Git LFS, not the file itself: run `git lfs pull` there")
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        raise BadData(path, "compressed; unpack it first")
 
 
 def read_text(path: str | Path) -> str:

@@ -115,6 +115,7 @@ def change(path, value):
         (change(["categories", 0, "name"], None), r"categories\[0\]: .*name None: expected"),
         (change(["categories", 0, "name"], "dog"), "category dog is there 2 times"),
         (change(["categories", 0, "id"], 18), "category id 18 is there 2 times"),
+        (change(["annotations", 0], None), r"annotations\[0\]: .*None: expected an object"),
         (change(["annotations"], []), "no objects at all"),
         (change(["annotations"], None), "not an instances file"),
         (change(["images"], "none"), "not an instances file"),
@@ -291,6 +292,9 @@ def test_a_box_is_that_of_its_polygons(coco, capsys):
     (record,), _ = read_coco(root, ["train2017"])
     assert record.boxes_xyxy[0].tolist() == [5, 6, 15.5, 15]
     assert "annotations without bbox, its polygons' taken: 1" in capsys.readouterr().err
+    content["annotations"][0]["segmentation"] = parts[0]  # not in a list of its own
+    write_coco(root, content)
+    assert read_coco(root, ["train2017"])[0][0].boxes_xyxy[0].tolist() == [5, 6, 15.5, 15]
     for bad in ([], [[]], [[5]], [["x", 1]], {"counts": "3k1"}, [7], [None]):
         content["annotations"][0]["segmentation"] = bad
         write_coco(root, content)
@@ -387,6 +391,7 @@ def test_boxes_in_fractions_of_the_image_are_refused(coco):
         ([{"id": 1, "data": {}, "annotations": []}], "Label Studio"),
         ([{"image": "a.jpg", "annotations": []}], "CreateML"),
         ([{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}], "a list of detections"),
+        ([{"bbox": [1, 2, 3, 4]}], "a list; expected an object with images, annotations"),
         ({"x": 1}, "KeyError"),
     ],
 )
