@@ -50,7 +50,7 @@ DRAWING = (
 )
 BEST = 10  # detections that are drawn in a picture
 FLAGS = ["--overfit", str(PICTURES), "--batch-size", "4", "--iterations", str(STEPS)]
-FLAGS += ["--lr", "0.06", "--seed", "0", "--no-bf16"]  # the same numbers on all machines, almost
+FLAGS += ["--lr", "0.06", "--seed", "0", "--no-bf16"]  # bf16 is on by default on some machines only
 FLAGS += ["--augment", "flip", "--backbone", "resnet18", "--width", "0.25", "--workers", "0"]
 FLAGS += ["--train-sets", "2007:train", "--eval-sets", "2007:test"]
 
