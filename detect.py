@@ -220,6 +220,7 @@ def detect_film(model, args: argparse.Namespace) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, and in `found` the pictures. ValueError before anything is loaded or written."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=Help,
@@ -258,6 +259,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """-> the exit status: 1 if a picture could not be read, else 0."""
     args = parse_args(argv)
     model, checkpoint = load_and_describe(args)
     args.min_score = threshold(checkpoint) if args.min_score is None else args.min_score
