@@ -336,7 +336,7 @@ def test_emulator_primitives(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 20), ("address", 40)])
+@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 10), ("address", 20)])
 def test_kernels_under_sanitizers(sanitize, cases):
     arguments = "--kernels", "cuda", "--sanitize", sanitize, "--cases", cases
     status, output = run(FUZZ, *arguments)
@@ -346,7 +346,7 @@ def test_kernels_under_sanitizers(sanitize, cases):
 
 @pytest.mark.slow
 def test_fuzz_cpu_kernels():
-    status, output = run(FUZZ, "--cases", 1000)
+    status, output = run(FUZZ, "--cases", 500)
     assert status == 0, output[-4000:]
     assert "sanitizer address silent" in output
 
