@@ -42,7 +42,7 @@ from plumbing.cache import build_cache, cache_starts, memory_map
 from plumbing.files import BadData, Findings, Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, save_sheet
 from plumbing.prefetch import copy_beside
-from plumbing.program import Help, check_range, run_program
+from plumbing.program import Help, check_file, check_range, run_program
 from plumbing.workers import run_workers
 
 # ------------------------------------------------------------------------------ augmentation
@@ -392,6 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         read = {s: functools.partial(sources.open_data, args, [s], findings=found) for s in sets}
         return check.check_sets(read, found, args.workers)
     records, classes = sources.open_data(args, sets[:1])
+    check_file(args.out, *(record.path for record in records))
     save_sheet(args.out, draw_batch(records, classes, args.seed, args.augment), columns=6)
     print(f"{args.out}: 24 of {len(records)} images, {len(classes)} classes, {args.augment}")
     return 0

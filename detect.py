@@ -253,6 +253,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
     args.found = [] if args.pictures == ["-"] else find_pictures(args.pictures)
+    if args.pictures == ["-"] and args.draw:
+        check_file(args.draw, args.checkpoint, "/dev/stdin")  # the film itself
     for file in (args.json, args.export):  # fail now, not after all pictures
         check_file(file, args.checkpoint, *args.found)
     return args

@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_and_describe(args)
     classes = model.config.classes
     records = sources.open_test_set(args, checkpoint.get("args") or {}, classes)
+    for file in (args.json, args.results):
+        check_file(file, *(record.path for record in records))
     # A test set without annotations cannot be measured here, but its detections can be written, and
     # the server measures them.
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)

@@ -72,7 +72,9 @@ def check_eval_flags(args: Namespace) -> None:
 
 def kind_of(args: Namespace, default: str = "shapes") -> str:
     """voc, coco, yolo or shapes: what the given root means, or what is already known."""
-    given = [kind for kind in ("voc", "coco", "yolo") if getattr(args, f"{kind}_root", None)]
+    given = [
+        kind for kind in ("voc", "coco", "yolo") if getattr(args, f"{kind}_root", None) is not None
+    ]
     known = vars(args).get("data")
     if len(given) > 1 and not known:
         raise ValueError(f"{' and '.join(f'--{kind}-root' for kind in given)}: give one of them")

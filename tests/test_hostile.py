@@ -15,6 +15,7 @@ from PIL import Image
 from trees import (
     an_object,
     bounded,
+    flags,
     make_coco,
     make_voc,
     write,
@@ -34,6 +35,7 @@ from plumbing.files import (
 )
 from plumbing.pictures import GREEN
 from plumbing.program import check_file, make_folder, run_program
+from plumbing.sources import open_data
 from plumbing.voc import read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -488,3 +490,30 @@ def test_a_file_to_write_is_tried_and_stays_as_it_is(tmp_path):
     (tmp_path / "b.json").write_text("old")
     check_file(tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == "old"
+
+
+def test_an_empty_root_is_no_wish_for_shapes():
+    """`--voc-root "$UNSET"` must not train on drawn shapes."""
+    for kind in ("voc", "coco", "yolo"):
+        with pytest.raises(ValueError, match=f"{kind}: where is it. Expected --{kind}-root DIR"):
+            open_data(flags(**{f"{kind}_root": ""}), ["train"])
+
+
+def test_results_never_replace_a_picture_of_the_data(tmp_path):
+    root = make_voc(tmp_path)
+    image = root / "JPEGImages/a.jpg"
+    whole = image.read_bytes()
+    with pytest.raises(ValueError, match="a.jpg: would be overwritten"):
+        data.main(["--voc-root", str(root), "--classes", "auto", "--out", str(image)])
+    assert image.read_bytes() == whole
+
+
+def test_a_drawn_film_never_replaces_the_film_or_the_weights(tmp_path):
+    for name in ("film.mjpeg", "my.pt"):
+        (tmp_path / name).write_bytes(b"mine")
+        command = [sys.executable, str(ROOT / "detect.py"), "-", "--draw", str(tmp_path / name)]
+        command += ["--checkpoint", str(tmp_path / "my.pt")]
+        with open(tmp_path / "film.mjpeg", "rb") as film:
+            done = subprocess.run(command, stdin=film, capture_output=True, text=True)
+        assert (done.returncode, (tmp_path / name).read_bytes()) == (2, b"mine")
+        assert f"{name}: would be overwritten" in done.stderr
