@@ -371,7 +371,7 @@ def make_priors(
     map_sizes = map_sizes or [(s, s) for s in MAPS_300]
     image_h, image_w = image_hw or (config.size, config.size)
     unit = torch.tensor([image_w, image_h], dtype=torch.float64)
-    side_unit = torch.full_like(unit, config.size) if same_fraction else unit
+    side_unit = 300 * (1.0 if same_fraction else unit / config.size)
     priors = []
     for (h, w), (small, large, step, ratios) in zip(map_sizes, PRIORS[config.priors], strict=False):
         sides = [(small, small), (math.sqrt(small * large),) * 2]  # (w, h) in pixels
