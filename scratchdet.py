@@ -43,25 +43,26 @@ from plumbing.program import Help, SetFields
 from plumbing.tables import network_table
 from plumbing.voc import VOC_CLASSES
 
-# Priors, one row per map: smallest and largest side in pixels, distance between two cells in pixels
-# (None: side of the image / side of the map), aspect ratios other than 1 (each also inverted).
+# Priors, one row per map: smallest and largest side in percent of the image, distance between two
+# cells in pixels (None: the image's side / the map's), aspect ratios other than 1 (each also
+# inverted). A checkpoint holds the table's name: for other priors add a table, never edit one.
 # From Caffe SSD: ssd_pascal.py and ssd_coco.py.
 PRIORS = {
     "voc": (
-        (30, 60, 8, (2,)),
-        (60, 111, 16, (2, 3)),
-        (111, 162, 32, (2, 3)),
-        (162, 213, 64, (2, 3)),
-        (213, 264, None, (2,)),
-        (264, 315, None, (2,)),
+        (10, 20, 8, (2,)),
+        (20, 37, 16, (2, 3)),
+        (37, 54, 32, (2, 3)),
+        (54, 71, 64, (2, 3)),
+        (71, 88, None, (2,)),
+        (88, 105, None, (2,)),
     ),
     "coco": (  # smaller, because COCO's objects are smaller
-        (21, 45, 8, (2,)),
-        (45, 99, 16, (2, 3)),
-        (99, 153, 32, (2, 3)),
-        (153, 207, 64, (2, 3)),
-        (207, 261, None, (2,)),
-        (261, 315, None, (2,)),
+        (7, 15, 8, (2,)),
+        (15, 33, 16, (2, 3)),
+        (33, 51, 32, (2, 3)),
+        (51, 69, 64, (2, 3)),
+        (69, 87, None, (2,)),
+        (87, 105, None, (2,)),
     ),
 }
 MAPS_300 = (38, 19, 10, 5, 3, 1)  # sides of the six maps of a 300x300 image
@@ -371,10 +372,10 @@ def make_priors(
     map_sizes = map_sizes or [(s, s) for s in MAPS_300]
     image_h, image_w = image_hw or (config.size, config.size)
     unit = torch.tensor([image_w, image_h], dtype=torch.float64)
-    side_unit = 300 * (1.0 if same_fraction else unit / config.size)
+    side_unit = torch.full_like(unit, 100) if same_fraction else 100 * unit / config.size
     priors = []
     for (h, w), (small, large, step, ratios) in zip(map_sizes, PRIORS[config.priors], strict=False):
-        sides = [(small, small), (math.sqrt(small * large),) * 2]  # (w, h) in pixels
+        sides = [(small, small), (math.sqrt(small * large),) * 2]  # (w, h) in percent
         for ratio in ratios:
             root = math.sqrt(ratio)
             sides += [(small * root, small / root), (small / root, small * root)]
