@@ -27,9 +27,16 @@ from scratchdet import (
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
+
+def in_percent(size: int, *rows: tuple) -> tuple:
+    """Rows of a table of priors, sides in pixels of an image of that size -> in percent."""
+    return tuple((100 * small / size, 100 * large / size, *more) for small, large, *more in rows)
+
+
 # Priors for other input sizes than 300, one row per map, as in scratchdet.PRIORS.
 scratchdet.PRIORS |= {
-    "coco512": (  # scratchdet512, from its released configuration
+    "coco512": in_percent(  # scratchdet512, from its released configuration
+        512,
         (20, 51, 8, (2,)),
         (51, 133, 16, (2, 3)),
         (133, 215, 32, (2, 3)),
@@ -38,7 +45,8 @@ scratchdet.PRIORS |= {
         (378, 460, None, (2,)),
         (460, 542, None, (2,)),
     ),
-    "voc321": (  # ssd321: sides and ratios of the DSSD code
+    "voc321": in_percent(  # ssd321: sides and ratios of the DSSD code
+        321,
         (32, 64, 8, (1.6, 2, 3)),
         (64, 121, 16, (1.6, 2, 3)),
         (121, 179, 32, (1.6, 2, 3)),

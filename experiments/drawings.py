@@ -197,7 +197,8 @@ def priors() -> str:
         x, y = 40 + 340 * (i % 3), 44 + 350 * (i // 3)
         title = f"map {i + 1}: {n}x{n} cells x {a} priors = {n * n * a:,}"
         parts += panel(x, y, inner, title=title, clip=f"map{i}")
-        parts.append(text(x, y + 318, f"squares of {small} and {(small * large) ** 0.5:.0f} px, "
+        sides = f"{3 * small} and {3 * (small * large) ** 0.5:.0f} px"
+        parts.append(text(x, y + 318, f"squares of {sides}, "
                           f"ratios {', '.join(f'{r}:1, 1:{r}' for r in ratios)}"))  # fmt: skip
     parts.append(text(40, 738, f"{first:,} priors in all. Dots: centres of the cells; "
                       "grey rectangles: the priors of one cell; green: ground truth"))  # fmt: skip

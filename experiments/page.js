@@ -53,7 +53,7 @@ function makePriors(table, mapSizes, size) {
         for (const [w, h] of sides) {
           const cx = (column + 0.5) * (step ?? size / width);
           const cy = (row + 0.5) * (step ?? size / height);
-          priors.push([cx, cy, w, h].map((v) => f32(v / size)));
+          priors.push([cx / size, cy / size, w / 100, h / 100].map(f32));
         }
   });
   return priors;

@@ -398,7 +398,7 @@ def compare_priors(caffe: ctypes.CDLL) -> None:
                    strict=True)  # fmt: skip
         for (small, large, _, ratios), side, step in rows:
             out = np.zeros((side * side * (2 + 2 * len(ratios)), 4), np.float32)
-            call(caffe.priors, side, 300, float(small), float(large), floats(ratios), len(ratios),
+            call(caffe.priors, side, 300, 3.0 * small, 3.0 * large, floats(ratios), len(ratios),
                  float(step), out)  # fmt: skip
             theirs.append(out)
         mine = cxcywh_to_xyxy(make_priors(Config(priors=table))).numpy()

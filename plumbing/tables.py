@@ -21,7 +21,8 @@ def network_table(model: nn.Module, per_cell: list[int], priors: tuple) -> str:
     ]
     rows = zip(sizes, model.features.channels, per_cell, priors, strict=True)
     for i, ((h, w), c, a, (small, large, *_)) in enumerate(rows, 1):
-        side = f"{small}, {math.sqrt(small * large):.1f}"
+        pixel = config.size / 100
+        side = f"{pixel * small:g}, {pixel * math.sqrt(small * large):.1f}"
         lines.append(f"{i:<5}{f'{h}x{w}':>8}{c:>10}{a:>17}{h * w * a:>8}  {side}")
     parameters = sum(p.numel() for p in model.parameters())
     lines.append(f"{len(model.priors_cxcywh):,} priors")

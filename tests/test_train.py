@@ -22,7 +22,7 @@ from plumbing import plan
 from plumbing.shapes import SHAPE_CLASSES
 from plumbing.voc import read_voc
 from runs import run_flags, small_tree, voc_flags
-from scratchdet import Config, ScratchDet
+from scratchdet import Config, ScratchDet, make_priors
 
 ROOT = Path(__file__).parents[1]
 FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
@@ -109,6 +109,14 @@ def test_priors_are_as_large_a_part_of_a_small_image():
     assert torch.allclose(small[:4, 2:], whole[:4, 2:])  # sides of the first cell
     assert torch.allclose(small[:4, :2], torch.tensor(4 / 150))  # 8 pixels from cell to cell
     assert torch.allclose(small[-4:, 2:], whole[-8:-4, 2:])  # the fifth map's
+
+
+def test_priors_grow_with_the_size_of_the_input():
+    small, large = (Config(size=size) for size in (300, 600))
+    maps = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)]
+    assert torch.equal(make_priors(small, maps)[:, 2:], make_priors(large, maps)[:, 2:])
+    tested = make_priors(small, maps, (600, 600))  # multi-scale: the same sides in pixels
+    assert torch.allclose(tested[:, 2:], make_priors(small, maps)[:, 2:] / 2)
 
 
 def test_linear_schedule_rises_and_falls_to_zero():

@@ -89,7 +89,7 @@ MUTANTS = [
            "bound = math.sqrt(3 /", "bound = math.sqrt(6 /",
            "test_model.py", "xavier"),
     Mutant("priors of the same fraction keep their pixels", "scratchdet.py",
-           "if same_fraction else unit", "if False else unit",
+           "if same_fraction else 100 * unit", "if False else 100 * unit",
            "test_priors.py", "same_fraction"),
     Mutant("the eps of the head's BN is not used", "scratchdet.py",
            '"eps": config.head_bn_eps, ', "",
