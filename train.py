@@ -50,8 +50,10 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # A recipe is the default of every flag that it names. `drops`: the fractions of the run after which
 # the learning rate falls to a tenth (sections 4.1 to 4.4 of the paper; "released": as in its
 # released code). The short recipes lower the rate linearly to zero: in 12,000 images drops reached
-# half the mAP (docs/results.md). They warm up for long: large early gradients inflate the weights'
-# norm, and under BatchNorm that shrinks every later effective step.
+# half the mAP (docs/results.md). They also raise it slowly at first. Behind BatchNorm the length of
+# a weight vector changes nothing but the size of its steps: steps that are large early on make the
+# vector long, and all later ones turn it less. `A | B`: the settings of A, then those of B, and
+# what both name is B's.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -62,22 +64,23 @@ RECIPES = {
     "coco": PAPER | dict(iterations=320_000, drops=(150 / 320, 250 / 320, 310 / 320)),
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
-    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64,  # --minutes on a GPU,
-                           save_every=2_000),  # estimated to do 500 such steps in some 20 s
+    # --minutes on a GPU, estimated to do 500 steps in some 20 s. The rate .1 is for this batch.
+    "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64, save_every=2_000),
     "shapes": SHORT | dict(iterations=1_200, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1),  # the quick start
                            sizes=((160, 0.3), (224, 0.6), (300, 1.0))),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on
-# "budget" on a CPU: 25 images/s per core instead of 1. Flips only: a network this narrow underfits
-# stronger augmentation (mAP after an hour .27, with crops .21). docs/results.md lists what did not
-# help: drops instead of the linear fall, averaged weights, half the batch, less warm-up.
+# "budget" on a CPU: 25 images/s per core, where SHORT's network does 1. Flips only: a network this
+# narrow underfits stronger augmentation (mAP after an hour .27, with crops .21). docs/results.md
+# lists what did not help: drops instead of the linear fall, averaged weights, half the batch, less
+# warm-up.
 ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="flip", batch_size=8)
 # Small images first: they cost less, so the same time shows the network twice as many images.
 ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
-LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # one row per step: forward_backward
+LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # forward_backward explains them
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -173,18 +176,25 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     if args.overfit:
         args.eval_sets = args.train_sets  # the checkpoint says so, and eval.py measures the same
     sources.make_absolute(args)  # so that eval.py finds the data from any folder
-    # The linear rule (Goyal et al. 2017): twice the batch size, twice the rate, half the steps.
+    scale_to_batch_size(args, recipe)
+    return args
+
+
+def scale_to_batch_size(args: argparse.Namespace, recipe: dict) -> None:
+    """The linear rule (Goyal et al. 2017): twice the batch size, twice the rate, half the steps.
+
+    It sets what the user left open of --lr and --iterations.
+    """
     scale = args.batch_size / recipe["batch_size"]
     args.lr = recipe["lr"] * scale if args.lr is None else args.lr
     args.iterations = args.iterations or round(recipe["iterations"] / scale)
-    return args
 
 
 # ------------------------------------------------------------------------------ optimisation
 
 
 def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
-    """The image sizes of the run, and the share of its work and of its steps at the end of each.
+    """The image sizes of the run, and the share of its work and of its steps done after each.
 
     Work counts pixels. ((150, 0.5), (300, 1)): half of the work at 150 pixels is four of five
     steps, because a step at 300 pixels costs four times as much.
@@ -200,10 +210,10 @@ def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
     Without --sizes that is (step / iterations, args.size).
     """
     sizes, work, steps = stages(args)
-    ends, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
-    i = min(bisect(ends, step), len(sizes)) - 1  # the stage that this step belongs to
-    of_stage = (step - ends[i]) / max(1.0, ends[i + 1] - ends[i])
-    return work[i] + (work[i + 1] - work[i]) * of_stage, sizes[i]
+    starts, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
+    stage = min(bisect(starts, step), len(sizes)) - 1  # the one that this step belongs to
+    part = (step - starts[stage]) / max(1.0, starts[stage + 1] - starts[stage])
+    return work[stage] + (work[stage + 1] - work[stage]) * part, sizes[stage]
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -213,8 +223,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     "steps") or falls linearly to zero ("linear"). The paper drops it after 45, 75 and 95 % of the
     run and has no warm-up (section 4.1).
     """
-    done, after = progress(step, args)[0], progress(step + 1, args)[0]
-    warm = min(1.0, after / max(1e-9, args.warmup))
+    done, _ = progress(step, args)
+    done_after, _ = progress(step + 1, args)  # or the first step's rate would be zero
+    warm = min(1.0, done_after / max(1e-9, args.warmup))
     if args.schedule == "linear":
         return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
     return args.lr * warm * 0.1 ** sum(done >= drop for drop in args.drops)
@@ -230,7 +241,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     for name, module in model.named_modules():
         bn = isinstance(module, nn.BatchNorm2d)
         for kind, parameter in module.named_parameters(recurse=False):
-            if bn and "head." in f"{name}.":
+            if bn and "head" in name.split("."):
                 head_bn.append(parameter)
             elif kind == "bias" and not bn:
                 biases.append(parameter)
@@ -246,7 +257,8 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
     """SGD with momentum, as in section 4.1."""
     optimizer = torch.optim.SGD(parameter_groups(model), lr=args.lr, momentum=MOMENTUM, fused=True)
-    for parameter in model.parameters():  # also of layers that small images do not reach yet
+    # With --sizes some layers have no gradient at first, but fused SGD wants all momenta at once.
+    for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -263,14 +275,14 @@ def forward_backward(
     averaged over micro-batches and ranks (as Caffe averages over GPUs).
     """
     device, images, parts = model.priors_cxcywh.device, [], []
-    for i in range(args.accumulate):
+    for micro_step in range(args.accumulate):
         batch = next(batches)
         images += batch.indices.tolist()
         batch = data.to_device(batch, device)
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
         # Ranks exchange gradients once per step, after the last micro-batch.
-        waits = dist.is_initialized() and i < args.accumulate - 1
-        with network.no_sync() if waits else contextlib.nullcontext():
+        more_to_come = dist.is_initialized() and micro_step < args.accumulate - 1
+        with network.no_sync() if more_to_come else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
             loss_loc, loss_conf, positives = multibox_loss(
@@ -294,8 +306,9 @@ def forward_backward(
 def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> Tensor:
     """One step of SGD at the learning rate of `step`; clears the gradients. -> whether it counts.
 
-    A step whose loss or gradient is not finite changes no weight. The GPU decides that itself
-    (`found_inf` of torch's fused optimizers), so the CPU does not wait for the numbers.
+    A step whose loss or gradient is not finite changes no weight: fused SGD reads `found_inf` on
+    the GPU and skips it there, so the CPU need not wait for the number. Such a step then ends the
+    run (RunLog.flush), unless --skip-nonfinite is given.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args) * group["lr_factor"]
@@ -354,7 +367,7 @@ def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -
     """
     # On a CPU an image costs the same in a batch of any size: time 8 to know 128.
     probe = min(micro, 8) if model.priors_cxcywh.is_cpu else micro
-    sizes, _, ends = stages(args)
+    sizes, _, steps_done = stages(args)
     streams = {size: stream(0, probe, size) for size in sizes}
 
     def one_step(size: int) -> Tensor:
@@ -363,7 +376,7 @@ def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -
         return logged["loc"]
 
     states, minutes = (model, optimizer), args.minutes or 0
-    return plan.time_a_step(one_step, sizes, ends, states, minutes) * micro / probe
+    return plan.mean_step_time(one_step, sizes, steps_done, states, minutes) * micro / probe
 
 
 def train_steps(
@@ -387,7 +400,7 @@ def train_steps(
             log.write(step, logged, learning_rate(step, args), progress(step + 1, args)[0], images)
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
-            # Several ranks must stop after the same step: the one at which all fetch "stop".
+            # Several ranks must stop after the same step: when the log next fetches "stop" for all.
             if saves or (stop.number and not dist.is_initialized()):
                 log.flush()
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
@@ -403,6 +416,7 @@ def train_steps(
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
+    first = checkpoint["step"] if checkpoint else 0  # a resumed run goes on from here
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None
@@ -441,7 +455,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
     log = run_folder.RunLog(args, about, checkpoint, train, every=1 if device.type == "cpu" else 20)
-    batches = stream(log.first, micro)
+    batches = stream(first, micro)
 
     def save(step: int) -> None:
         if lead:

@@ -129,10 +129,13 @@ def seconds_per_step(one_step: Callable[[], Tensor], states: tuple, at_least: fl
     return sum(times[1:]) / (len(times) - 1)  # the first one warms up
 
 
-def time_a_step(one_step: Callable, sizes: tuple, ends, states: tuple, minutes: float) -> float:
+def mean_step_time(
+    one_step: Callable, sizes: tuple, steps_done, states: tuple, minutes: float
+) -> float:
     """Mean seconds of a step of the run, which trains at each of `sizes` until that share of its
-    steps, `ends`. `one_step(size)` does a step; `minutes` of training are to be planned, or 0."""
-    at_least, before = min(30, 3 * minutes) / len(sizes), [0.0, *ends]  # seconds
+    steps, `steps_done`. `one_step(size)` does a step; the plan is for `minutes` of training, or 0.
+    """
+    at_least, before = min(30, 3 * minutes) / len(sizes), [0.0, *steps_done]  # seconds
     shares = [end - start for start, end in itertools.pairwise(before)]
     seconds = [seconds_per_step(partial(one_step, size), states, at_least) for size in sizes]
     return sum(share * each for share, each in zip(shares, seconds, strict=True))
