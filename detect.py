@@ -63,11 +63,13 @@ class Detector:
     def __call__(self, images):
         """A picture -> `Found`; a list of pictures -> a list of them.
 
-        A picture is PIL's, or a NumPy array (h,w), (h,w,3) RGB or (h,w,4) RGBA of uint8.
+        A picture is PIL's, or a NumPy array (h,w), (h,w,3) RGB or (h,w,4) RGBA of uint8. PIL's is
+        turned as its EXIF says, as every viewer shows it, and the boxes lie in the turned picture.
         """
         if isinstance(images, (list, tuple)):  # one by one: they may differ in size
             return [self(image) for image in images]
-        boxes, scores, labels = detect_image(self.model, as_rgb(images))
+        image = upright(images) if isinstance(images, Image.Image) else as_rgb(images)
+        boxes, scores, labels = detect_image(self.model, image)
         good = scores >= self.min_score
         # label 0 is background, so label 1 is the first class
         names = [self.model.config.classes[label - 1] for label in labels[good]]

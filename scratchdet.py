@@ -550,7 +550,10 @@ def summary(model: ScratchDet) -> str:
 
 
 def add_config_flags(group: argparse._ActionsContainer) -> None:
-    """The flags that define the network, here and in train.py. Each is a field of Config."""
+    """The flags that define the network, here and in train.py. Each is a field of Config.
+
+    A new field of Config is a flag at once: `--config FIELD=VALUE`.
+    """
     defaults = {field.name: field.default for field in fields(Config) if field.name != "classes"}
     group.set_defaults(**defaults)
     add = group.add_argument

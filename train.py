@@ -326,6 +326,7 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
     """The network of the flags, with the checkpoint's weights, those of --init, or random ones."""
     start = checkpoint or (read_checkpoint(args.init) if args.init else {"config": {}})
     names = [field.name for field in fields(Config) if hasattr(args, field.name)]
+    # `args.classes` is the file of --classes; the names come from the data.
     flags = {name: getattr(args, name) for name in names} | {"classes": classes}
     model = ScratchDet(Config.from_dict(start["config"] | flags))
     if checkpoint:

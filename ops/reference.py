@@ -160,11 +160,7 @@ def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshol
         if start == end or num_priors == 0:
             continue  # an image without boxes is all background
         iou = pairwise_iou(boxes_xyxy[start:end], priors_xyxy)  # (G, P)
-        best_iou = iou.amax(dim=0)  # (P,)
-        best_box = (iou == best_iou).to(torch.int8).argmax(dim=0)  # the lowest box on ties
-        matched[n] = torch.where(best_iou >= iou_threshold, best_box + start, -1)
-
-        free = iou.clone()
+        free = iou.clone()  # step 1
         for _ in range(end - start):
             flat = (free == free.max()).flatten().to(torch.int8).argmax()  # lowest box, then prior
             box, prior = flat // num_priors, flat % num_priors
@@ -173,6 +169,11 @@ def match(priors_xyxy: Tensor, boxes_xyxy: Tensor, offsets: Tensor, iou_threshol
             matched[n, prior] = box + start
             free[box] = -1.0
             free[:, prior] = -1.0
+
+        best_iou = iou.amax(dim=0)  # (P,), step 2
+        best_box = (iou == best_iou).to(torch.int8).argmax(dim=0)  # the lowest box on ties
+        takes = (matched[n] < 0) & (best_iou >= iou_threshold)
+        matched[n] = torch.where(takes, best_box + start, matched[n])
     return matched
 
 

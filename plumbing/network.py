@@ -27,7 +27,9 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
             raise ValueError(f"{name} = {getattr(config, name)!r}: expected {expected}")
 
     for field in fields(config):
-        kind = {float: (int, float), type(None): (tuple, type(None))}.get(type(field.default))
+        if field.default is None:  # such a field may hold anything: the network checks it
+            continue
+        kind = {float: (int, float)}.get(type(field.default))
         right = isinstance(getattr(config, field.name), kind or type(field.default))
         expect(right, field.name, f"a {type(field.default).__name__}, as {field.default!r} is")
     for name, allowed in (
@@ -55,7 +57,8 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
     std = len(config.std) == 3 and all(0 < s < math.inf for s in config.std)
     expect(std, "std", "3 numbers above 0, of red, green, blue")
     stem = config.stem or (3, 3, 1)
-    odd = len(stem) == 3 and stem[0] % 2 == 1 and min(stem) >= 1
+    whole = isinstance(stem, tuple) and len(stem) == 3 and all(isinstance(n, int) for n in stem)
+    odd = whole and stem[0] % 2 == 1 and min(stem) >= 1
     expect(odd, "stem", "(odd kernel, number of convolutions, stride), all above 0")
 
 

@@ -147,7 +147,11 @@ def upright(image: Image.Image) -> Image.Image:
              6: how.ROTATE_270, 7: how.TRANSVERSE, 8: how.ROTATE_90}  # fmt: skip
     image.load()  # Pillow turns a TIFF here
     turn, image = turns.get(exif_orientation(image)), to_rgb(image)
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {}  # its EXIF would turn it once more
+    return turned
 
 
 def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:

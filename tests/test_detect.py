@@ -171,6 +171,15 @@ def test_pictures_are_turned_as_pillow_turns_them(orientation, suffix, tmp_path)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{suffix}"))
     got = pictures.upright(Image.open(tmp_path / f"turned.{suffix}"))
     assert np.array_equal(np.asarray(got), np.asarray(expected))
+    assert np.array_equal(np.asarray(pictures.upright(got)), np.asarray(expected))  # once only
+
+
+def test_the_detector_turns_a_picture_as_the_command_does(checkpoint, records):
+    image = Image.open(records[0].path).convert("RGB")
+    image.getexif()[0x0112] = 6
+    detector = detect.Detector(checkpoint, min_score=0.0)
+    assert np.array_equal(detector(image).boxes_xyxy, detector(pictures.upright(image)).boxes_xyxy)
+    assert len(detector(image).boxes_xyxy)
 
 
 def test_a_picture_of_16_bits_stays_one(tmp_path):

@@ -137,10 +137,10 @@ MUTANTS = [
            "flat = (free == free.max())", "flat = (free == free.amax(1)[free.amax(1) >= 0][0])",
            "test_loss.py", "brute_force or by_hand"),
     Mutant("IoU of .5 is background", "ops/reference.py",
-           "torch.where(best_iou >= iou_threshold", "torch.where(best_iou > iou_threshold",
+           "(best_iou >= iou_threshold)", "(best_iou > iou_threshold)",
            "test_loss.py", "exactly_the_threshold"),
     Mutant("rows of the first image for all", "ops/reference.py",
-           "best_box + start, -1)", "best_box, -1)",
+           "best_box + start, matched[n])", "best_box, matched[n])",
            "test_loss.py", "brute_force"),
     # The loss
     Mutant("negatives of the batch, not of the image", "ops/reference.py",
