@@ -45,10 +45,11 @@ def average_precision(tp: Array, fp: Array, objects: int) -> tuple[float, float,
     positive), best score first; both 0 where it does not count. In a resampled set of images they
     may be larger than 1: an image that was drawn twice counts twice.
 
-    [1, 0, 1], [0, 1, 0], 2 objects: precision 1 up to recall 1/2, then 2/3
-    -> (6 * 1 + 5 * 2/3) / 11, 1/2 * 1 + 1/2 * 2/3, [1/2, 1], [1, 2/3]
+    tp = [1, 0, 1], fp = [0, 1, 0], objects = 2: precision 1 up to recall 1/2, then 2/3, so
+    11-point = (6 * 1 + 5 * 2/3) / 11, area = 1/2 * 1 + 1/2 * 2/3, recall = [1/2, 1],
+    precision = [1, 2/3].
     """
-    right = np.flatnonzero(tp)  # the curve rises only here: at the others precision just falls
+    right = np.flatnonzero(tp)  # recall grows only here: at the others precision just falls
     found, wrong = np.cumsum(tp[right]), np.cumsum(fp)[right]  # so far, down to this score
     recall = found / objects
     precision = found / (found + wrong)
@@ -160,7 +161,10 @@ def class_and_image(guesses: Guesses, objects: Objects) -> tuple[Array, Array]:
 
 
 def pairs(guess_group: Array, object_group: Array) -> Iterator[tuple[Array, Array]]:
-    """Yields all pairs of equal group, as rows (d, g), sorted by d, then g: a million at a time."""
+    """Yields all pairs of equal group, as rows (d, g), sorted by d, then g: a million at a time.
+
+    What two nested loops would give; the arithmetic only makes it fast.
+    """
     by_group = np.argsort(object_group, kind="stable")
     sizes = np.bincount(object_group, minlength=1 + guess_group.max(initial=0))
     first = np.cumsum(sizes) - sizes
@@ -248,7 +252,8 @@ def voc_outcome(matches: VocMatches, low=0.0, high=np.inf) -> tuple[Array, Array
     counted = ~m.objects.difficult & (m.object_side >= low) & (m.object_side < high)
     looks = np.flatnonzero(m.target >= 0)
     looks = looks[counted[m.target[looks]]]  # rows of detections, in the order of their scores
-    _, best = np.unique(m.target[looks], return_index=True)  # the first row of each object
+    # The rows are sorted, best score first: the first one that looks at an object is the best.
+    _, best = np.unique(m.target[looks], return_index=True)
     tp = np.zeros(len(m.target), bool)
     tp[looks[best]] = True
     fp = (m.target < 0) & (m.guess_side >= low) & (m.guess_side < high)
