@@ -14,7 +14,8 @@ commit, machine), detections drawn beside the ground truth, and report.html, whi
 `--resume` continues from OUT/last.pt, bit for bit on a CPU: the samples and random numbers of
 step s depend only on (seed, s), and the checkpoint holds the rest.
 
-Read in this order: RECIPES, learning_rate, forward_backward, update, then the loop, train_steps.
+Read in this order: RECIPES, learning_rate, parameter_groups, forward_backward, update, then the
+loop, train_steps.
 """
 
 import argparse
@@ -47,13 +48,13 @@ from plumbing.tables import results_text
 from plumbing.threads import in_threads
 from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summary
 
-# A recipe is the default of every flag that it names. `drops`: the fractions of the run after which
-# the learning rate falls to a tenth (sections 4.1 to 4.4 of the paper; "released": as in its
-# released code). The short recipes lower the rate linearly to zero: in 12,000 images drops reached
-# half the mAP (docs/results.md). They also raise it slowly at first. Behind BatchNorm the length of
-# a weight vector changes nothing but the size of its steps: steps that are large early on make the
-# vector long, and all later ones turn it less. `A | B`: the settings of A, then those of B, and
-# what both name is B's.
+# A recipe is the default of every flag that it names (`schedule` has no flag). `drops`: the
+# fractions of the run after which the learning rate falls to a tenth (sections 4.1 to 4.4 of the
+# paper; "released": as in its released code). The short recipes lower the rate linearly to zero:
+# after 12,000 images the mAP was twice that with drops (docs/results.md). They also raise it slowly
+# at first. Behind BatchNorm the length of a weight vector changes nothing but the size of its
+# steps: steps that are large early on make the vector long, and all later ones turn it less.
+# `A | B`: the settings of A, then those of B, and what both name is B's.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -64,7 +65,7 @@ RECIPES = {
     "coco": PAPER | dict(iterations=320_000, drops=(150 / 320, 250 / 320, 310 / 320)),
     "ssd120k": PAPER | dict(iterations=120_000, drops=(80 / 120, 100 / 120)),  # Table 1
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
-    # --minutes on a GPU, estimated to do 500 steps in some 20 s. The rate .1 is for this batch.
+    # --minutes on a GPU, estimated to do 500 steps in some 20 s. Its rate, .1, is for 64 images.
     "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64, save_every=2_000),
     "shapes": SHORT | dict(iterations=1_200, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
                            width=0.125, stem=(3, 1, 1),  # the quick start
@@ -84,7 +85,7 @@ LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # forward_backward e
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags. A flag without a default here takes the recipe's."""
+    """All flags. What the recipe names replaces the default here."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=Help,
@@ -153,9 +154,9 @@ def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
     recipe = RECIPES[name]
     if name == "budget" and not given.device.startswith("cuda"):
         recipe = recipe | ON_CPU
-    if given.init and Path(given.init).exists():  # a resumed run may find it gone
+    if given.init and Path(given.init).exists():  # a resumed run does not need it
         saved = read_checkpoint(given.init)["config"]  # its network is the default
-        recipe = recipe | {k: v for k, v in saved.items() if k != "classes"}  # a flag of its own
+        recipe = recipe | {k: v for k, v in saved.items() if k != "classes"}  # those of the data
     return base, recipe
 
 
@@ -168,10 +169,11 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([word for word in words if word not in ("-h", "--help")])
     base, recipe = recipe_for(given)
-    parser.set_defaults(**(base | recipe | {"lr": None, "iterations": None} | defaults))
+    left_open = {"lr": None, "iterations": None}  # scale_to_batch_size fills them in
+    parser.set_defaults(**(base | recipe | left_open | defaults))
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
     if args.sizes and args.sizes[-1][0] != args.size and not given.sizes:
-        args.sizes = ()  # the recipe's lead to 300 pixels
+        args.sizes = ()  # the recipe's end at 300 pixels
     plan.check_flags(args, given)
     if args.overfit:
         args.eval_sets = args.train_sets  # the checkpoint says so, and eval.py measures the same
@@ -210,10 +212,11 @@ def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
     Without --sizes that is (step / iterations, args.size).
     """
     sizes, work, steps = stages(args)
-    starts, work = [0.0, *np.rint(steps * args.iterations).tolist()], [0.0, *work]
+    starts = [0.0, *np.rint(steps * args.iterations).tolist()]  # the first step of each stage
     stage = min(bisect(starts, step), len(sizes)) - 1  # the one that this step belongs to
     part = (step - starts[stage]) / max(1.0, starts[stage + 1] - starts[stage])
-    return work[stage] + (work[stage + 1] - work[stage]) * part, sizes[stage]
+    start, end = [0.0, *work][stage : stage + 2]
+    return start + (end - start) * part, sizes[stage]
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -274,10 +277,10 @@ def forward_backward(
     ranks that were told to stop. The loss of each micro-batch is divided by its own positives, then
     averaged over micro-batches and ranks (as Caffe averages over GPUs).
     """
-    device, images, parts = model.priors_cxcywh.device, [], []
+    device, indices, parts = model.priors_cxcywh.device, [], []
     for micro_step in range(args.accumulate):
         batch = next(batches)
-        images += batch.indices.tolist()
+        indices += batch.indices.tolist()
         batch = data.to_device(batch, device)
         inputs = data.prepare(batch, model.config)  # (n, 3, S, S)
         # Ranks exchange gradients once per step, after the last micro-batch.
@@ -285,13 +288,13 @@ def forward_backward(
         with network.no_sync() if more_to_come else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 loc, logits = network(inputs)  # (n, P, 4), (n, P, C)
-            loss_loc, loss_conf, positives = multibox_loss(
+            loss_loc, loss_conf, count = multibox_loss(
                 loc, logits, model.priors_at(inputs.shape[-1]),
                 batch.boxes_xyxy, batch.labels, batch.offsets,
             )  # fmt: skip
             # The mean over the micro-batches: backward adds to the gradients that are there.
             ((loss_loc + loss_conf) / args.accumulate).backward()
-        parts.append(torch.stack([loss_loc, loss_conf, positives / len(inputs)]).detach())
+        parts.append(torch.stack([loss_loc, loss_conf, count / len(inputs)]).detach())
     loc, conf, positives = torch.stack(parts).sum(0) / args.accumulate
     # A small image has fewer maps (--sizes): layers that it does not reach have no gradient.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -300,7 +303,7 @@ def forward_backward(
     if dist.is_initialized():
         dist.all_reduce(logged)
         logged /= dist.get_world_size()
-    return dict(zip(LOGGED, logged, strict=True)), images
+    return dict(zip(LOGGED, logged, strict=True)), indices
 
 
 def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> Tensor:
@@ -337,8 +340,11 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 
 
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
-    """The module that a step calls: the model on all threads of a CPU, compiled, or one of the
-    ranks of DistributedDataParallel. Its parameters are the model's."""
+    """The module that a step calls. Its parameters are the model's.
+
+    On a CPU it is the model on all threads; else the model, in DistributedDataParallel if there are
+    several ranks, compiled if asked.
+    """
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
     if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
@@ -353,8 +359,8 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
 def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple[dict, list]:
     """Evaluates the model: results, with the CPU minutes of all ranks so far, and detections."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
-    ranks = {"workers": args.workers, "rank": rank, "world": world}
-    results, found = evaluation.evaluate(model, test, metric=metric, **ranks)
+    who = {"workers": args.workers, "rank": rank, "world": world}
+    results, found = evaluation.evaluate(model, test, metric=metric, **who)
     seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
     if world > 1:
         dist.all_reduce(seconds)
@@ -362,7 +368,9 @@ def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple
 
 
 def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -> float:
-    """Mean seconds of a step over the image sizes of the run; model and optimizer stay as they are.
+    """Mean seconds of a step over the image sizes of the run.
+
+    The steps change model and optimizer; `mean_step_time` puts both back.
 
     `stream(step, images, size)` gives micro-batches from that step on; `micro` is their usual size.
     """
@@ -374,17 +382,19 @@ def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -
     def one_step(size: int) -> Tensor:
         logged, _ = forward_backward(network, model, streams[size], args)
         update(optimizer, 0, logged, args)
-        return logged["loc"]
+        return logged["loc"]  # who reads it waits for the GPU
 
-    states, minutes = (model, optimizer), args.minutes or 0
-    return plan.mean_step_time(one_step, sizes, steps_done, states, minutes) * micro / probe
+    seconds = plan.mean_step_time(
+        one_step, sizes, steps_done, states=(model, optimizer), minutes=args.minutes or 0
+    )
+    return seconds * micro / probe
 
 
 def train_steps(
     network: nn.Module, model: ScratchDet, optimizer: torch.optim.Optimizer, batches: Iterator,
-    log: run_folder.RunLog, save: Callable, test_now: Callable, args: argparse.Namespace,
+    log: run_folder.RunLog, save: Callable, measure_now: Callable, args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """The loop. `save(step)` writes a checkpoint, `test_now()` evaluates the model on the way.
+    """The loop. `save(step)` writes a checkpoint, `measure_now()` evaluates the model on the way.
 
     What a step logs stays on the GPU: the log fetches it every 20 steps, the only wait for it.
     """
@@ -392,26 +402,27 @@ def train_steps(
         for step in range(log.first, args.iterations):
             # A resumed run repeats the random numbers of each step (of dropout, if there is any).
             torch.manual_seed(hash((args.seed, step, log.rank)))
-            statistics = [b.clone() for b in model.buffers()] if args.skip_nonfinite else []
-            logged, images = forward_backward(network, model, batches, args, stop.number > 0)
+            buffers = list(model.buffers()) if args.skip_nonfinite else []
+            before = [buffer.clone() for buffer in buffers]
+            logged, indices = forward_backward(network, model, batches, args, stop.number > 0)
             finite = update(optimizer, step, logged, args)
             # The forward pass of a bad step has spoiled BatchNorm's running statistics: undo it.
-            for buffer, before in zip(model.buffers(), statistics, strict=False):
-                buffer.copy_(buffer.where(finite, before))
-            log.write(step, logged, learning_rate(step, args), progress(step + 1, args)[0], images)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(buffer.where(finite, value))
+            log.write(step, logged, learning_rate(step, args), progress(step + 1, args)[0], indices)
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
-            # Several ranks must stop after the same step: when the log next fetches "stop" for all.
+            # A signal reaches several ranks at different steps; at a flush all see the same "stop".
             if saves or (stop.number and not dist.is_initialized()):
                 log.flush()
             if args.eval_every and (step + 1) % args.eval_every == 0 and not last:
-                log.measured(step, lambda: test_now()[0])
+                log.measured(step, lambda: measure_now()[0])
             if saves or log.stopping:
                 save(step + 1)
             if log.stopping and not last:
                 if log.lead:
                     print(f"stopped after {step + 1} steps; the same command with --resume goes on")
-                sys.exit(128 + (stop.number or signal.SIGTERM))
+                sys.exit(128 + (stop.number or signal.SIGTERM))  # 0: another rank has it
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -423,7 +434,7 @@ def main(argv: list[str] | None = None) -> dict:
     say = print if lead else lambda *_, **__: None
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape: find the fastest way once
+    torch.backends.cudnn.benchmark = True  # few shapes occur: find the fastest way once each
 
     train, test, classes, left_out = sources.read_data(args)
     if checkpoint:
@@ -444,10 +455,10 @@ def main(argv: list[str] | None = None) -> dict:
 
     def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:
         return data.batches(
-            train, lambda i: size or progress(i // args.accumulate, args)[1],
+            train, lambda micro_step: size or progress(micro_step // args.accumulate, args)[1],
             batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
-            keep_difficult=args.data != "coco",  # in COCO it marks crowds (Caffe's ssd_coco.py)
+            keep_difficult=args.data != "coco",  # COCO's crowds (Caffe's ssd_coco.py)
             cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
@@ -463,12 +474,12 @@ def main(argv: list[str] | None = None) -> dict:
             log.save(step, model, optimizer, images=len(train))
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
 
-    test_now = partial(measure, model, test, args, rank, world)
-    train_steps(network, model, optimizer, batches, log, save, test_now, args)
+    measure_now = partial(measure, model, test, args, rank, world)
+    train_steps(network, model, optimizer, batches, log, save, measure_now, args)
     log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
-    results, found = test_now()
+    results, found = measure_now()
     if lead:
         log.save(args.iterations, model, optimizer, images=len(train), results=results)
         print(results_text(results))
