@@ -35,7 +35,7 @@ from plumbing.files import (
 )
 from plumbing.pictures import GREEN
 from plumbing.program import check_file, make_folder, run_program
-from plumbing.sources import open_data
+from plumbing.sources import open_data, read_data
 from plumbing.voc import read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +282,27 @@ def test_another_size_than_the_image(voc):
     record = read_voc(voc, ["trainval"])[0][0]
     with pytest.raises(BadData, match="a.jpg: the image is 60x40, its annotation says 61x40"):
         next(data.ordered_batches([record], 30, batch_size=1))
+
+
+def test_another_size_than_the_image_is_found_before_the_first_step(voc, coco, tmp_path):
+    """A run must not end in its middle, when such an image is first loaded."""
+    for name in "ab":
+        (voc / f"Annotations/{name}.xml").write_text(xml_of(an_object(), size=(61, 40)))
+    given = dict(train_sets=["trainval"], eval_sets=["trainval"], overfit=0, classes="auto")
+    args = flags(voc_root=str(voc), **given)
+    with pytest.raises(BadData, match=r"a.jpg: the image is 60x40, its .* 61x40 \(--drop-bad"):
+        read_data(args)
+    (voc / "Annotations/b.xml").write_text(xml_of(an_object()))
+    args.drop_bad = True
+    records, _, _, left_out = read_data(args)
+    assert [record.name for record in records] == ["b"]
+    assert "a.jpg: the image is 60x40, its annotation says 61x40" in left_out
+    root, content = coco
+    content["images"][0]["width"] = 61
+    write_coco(root, content)
+    given = dict(train_sets=["train2017"], eval_sets=["train2017"], overfit=1)
+    with pytest.raises(BadData, match="000007.jpg: the image is 60x40, its annotation says 61x40"):
+        read_data(flags(coco_root=str(root), **given))
 
 
 # ---- python data.py --check
