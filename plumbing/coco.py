@@ -31,6 +31,7 @@ from plumbing.files import (
     is_background,
     note_similar,
     number,
+    of_a_run,
     one_form,
     open_image,
     part_of,
@@ -101,7 +102,7 @@ def listings(root: str | Path) -> dict[str, Path]:
 def seems_coco(path: Path) -> bool:
     """Whether a JSON file may list a set, by its name or its first bytes: other tools write one
     JSON file per image, which must not be mistaken for sets."""
-    if path.name[0] == "." or not path.is_file():
+    if path.name[0] == "." or not path.is_file() or of_a_run(path):
         return False
     if path.name.startswith(("instances", "_annotations.coco")):
         return True

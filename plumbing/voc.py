@@ -38,6 +38,7 @@ from plumbing.files import (
     is_background,
     note_similar,
     number,
+    of_a_run,
     one_form,
     open_image,
     part_of,
@@ -265,7 +266,7 @@ def list_sets(root: str | Path) -> list[str]:
             if end != listing.stem and end in ends and listing.is_file():
                 with open(listing, "rb") as file:
                     first = file.readline(4096)
-            if not re.search(rb"\s(-1|0|1)\s*$", first):
+            if not re.search(rb"\s(-1|0|1)\s*$", first) and not of_a_run(listing):
                 sets.append(year + listing.stem)
     if not sets and root.is_dir():
         keys = annotations_of(root)
