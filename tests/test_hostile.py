@@ -1,5 +1,6 @@
 """Files that mean harm, pictures of every kind, and the data check that names what is wrong."""
 
+import errno
 import json
 import os
 import re
@@ -511,6 +512,24 @@ def test_a_file_to_write_is_tried_and_stays_as_it_is(tmp_path):
     (tmp_path / "b.json").write_text("old")
     check_file(tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train.py", ": --out or --cache. Free some space, then go on with --resume"),
+        ("detect.py a.jpg --draw d --json=j", ": --draw or --json. Free some space, or write to"),
+        ("detect.py a.jpg", ". Free some space, or write to another place"),
+    ],
+)
+def test_a_full_disk_names_flags_that_the_program_has(words, said, monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit):
+        run_program(full)
+    assert f"No space left on device{said}" in capsys.readouterr().err
 
 
 def test_an_empty_root_is_no_wish_for_shapes():
