@@ -277,6 +277,11 @@ def box_of(annotation: dict) -> object:
     if annotation.get("bbox"):
         return annotation["bbox"]
     polygons = annotation.get("segmentation")
+    if isinstance(polygons, dict):
+        raise ValueError(
+            "a mask (RLE) without a bbox, which is needed: annotation['bbox'] = "
+            "pycocotools.mask.toBbox(rle).tolist()"
+        )
     if not isinstance(polygons, list) or not polygons:
         return annotation["bbox"]
     if not isinstance(polygons[0], list):  # a single one, not in a list of its own

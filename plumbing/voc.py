@@ -69,9 +69,9 @@ DIALECTS = {  # outermost elements of other formats, and what the user can do
 def parse_xml(path: Path) -> list[tuple[str, str, int]]:
     """[("size/width", "500", line), ...], and ("object", "", line) where each object starts.
 
-    Safe on any input: at most 16 MiB and 16 levels, and no document type, since that is where
-    entities are declared (which can expand without bound, or read files of this machine). Prefixes
-    of namespaces are dropped.
+    Safe on any input: at most 16 MiB and 16 levels, and no document type that declares entities or
+    attributes (which can expand without bound, or read files of this machine), or that is in
+    another file. Prefixes of namespaces are dropped.
     """
     data, encoding = in_utf8(read_bytes(path))
     parser = expat.ParserCreate(encoding)
@@ -107,11 +107,19 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
         stack.pop()
         text.clear()
 
-    def doctype(*_):
-        raise ValueError("broken XML: a document type (which declares entities) is refused")
+    def refuse(*_):
+        raise ValueError(
+            "broken XML: a document type that declares entities or attributes, or that is in "
+            "another file, is refused; take <!DOCTYPE ...> out"
+        )
+
+    def doctype(_, system, public, has_declarations):
+        if system or public:
+            refuse()
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
+    parser.EntityDeclHandler = parser.AttlistDeclHandler = parser.SkippedEntityHandler = refuse
     try:
         parser.Parse(data, True)
     except (ValueError, LookupError, expat.ExpatError) as error:

@@ -80,12 +80,26 @@ BOMB = (
         BOMB.encode("utf-16"),
         '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a><filename>&x;</filename></a>',
         '<!DOCTYPE a SYSTEM "http://127.0.0.1:9/evil.dtd"><a/>',
+        '<!DOCTYPE a PUBLIC "-//W3C//DTD" "evil.dtd"><a/>',
+        '<!DOCTYPE a [<!ATTLIST a b CDATA "x">]><a/>',
+        '<!DOCTYPE a [<!ENTITY % x "lol"> %x;]><a/>',
+        "<!DOCTYPE a [%x;]><annotation><filename>&y;</filename></annotation>",
     ],
 )
 def test_entities_are_refused_before_they_grow(voc, content):
     content = content if isinstance(content, bytes) else content.encode()
     (voc / "Annotations/a.xml").write_bytes(content)
     with bounded(1, 50), pytest.raises(BadData, match=r"a.xml:1: .*document type.*refused"):
+        read_voc(voc, ["trainval"])
+
+
+@pytest.mark.parametrize("more", ["", " [<!ELEMENT annotation ANY>]"])
+def test_a_document_type_without_entities_is_read(voc, more):
+    text = f'<?xml version="1.0"?>\n<!DOCTYPE annotation{more}>\n{xml_of(an_object())}'
+    (voc / "Annotations/a.xml").write_text(text)
+    assert read_voc(voc, ["trainval"])[0][0].labels.tolist() == [1]
+    (voc / "Annotations/a.xml").write_text(text.replace("dog", "&dog;"))
+    with pytest.raises(BadData, match=r"a.xml:7: broken XML: undefined entity"):
         read_voc(voc, ["trainval"])
 
 
