@@ -30,7 +30,7 @@ from PIL import Image
 from eval import MULTI_SCALE, ONE_SCALE, detect_image, load_and_describe
 from metrics import Detections
 from plumbing import machine
-from plumbing.export import export
+from plumbing.export import check_ending, export
 from plumbing.files import SUFFIXES, open_image
 from plumbing.frames import split_jpegs
 from plumbing.pictures import as_rgb, draw_boxes, drawing_folder, upright
@@ -161,7 +161,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
     """
     classes, rows, failed = model.config.classes, [], []
     pictures = args.found
-    folder = drawing_folder(args.draw, pictures) if args.draw else None
+    folder = drawing_folder(args.draw, pictures) if args.draw is not None else None
     names = names_to_draw(pictures)
     for path, image in read_pictures(pictures, failed):
         found = detect_image(model, image, MULTI_SCALE if args.multi_scale else ONE_SCALE)
@@ -255,10 +255,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
     args.found = [] if args.pictures == ["-"] else find_pictures(args.pictures)
-    if args.pictures == ["-"] and args.draw:
+    if args.pictures == ["-"]:
         check_file(args.draw, args.checkpoint, "/dev/stdin")  # the film itself
     for file in (args.json, args.export):  # fail now, not after all pictures
         check_file(file, args.checkpoint, *args.found)
+    check_ending(args.export)
     return args
 
 

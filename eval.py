@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)
     if args.json and not annotated:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
-    if args.draw:
+    if args.draw is not None:
         drawing_folder(args.draw, [r.path for r in records])
 
     if args.multi_scale:

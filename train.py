@@ -476,7 +476,6 @@ def main(argv: list[str] | None = None) -> dict:
 
     measure_now = partial(measure, model, test, args, rank, world)
     train_steps(network, model, optimizer, batches, log, save, measure_now, args)
-    log.close()
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 
     results, found = measure_now()
@@ -487,6 +486,7 @@ def main(argv: list[str] | None = None) -> dict:
         report.write([out], out / "report.html")
         print(f"checkpoint {out}/last.pt, log {out}/log.jsonl, detections {out}/detections/")
         print(f"all of it as one page: {out}/report.html")
+    log.close()
     machine.end_ranks()
     return results
 

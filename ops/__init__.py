@@ -12,6 +12,7 @@ SCRATCHDET_OPS chooses at import:
 """
 
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -296,4 +297,8 @@ def _load():
 
 
 MODE = os.environ.get("SCRATCHDET_OPS") or "auto"
-_load()
+try:
+    _load()
+except ValueError as error:  # in the imports of a program, before it can catch anything
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

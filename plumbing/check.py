@@ -94,6 +94,20 @@ def decode_all(
     return faults
 
 
+def check_headers(records: list[Record]) -> None:
+    """BadData where an image is no image, or of another size than its annotation says: before the
+    first step, since such an image would end a run in its middle. Nothing is decoded: 0.1 ms each.
+    """
+
+    def open_and_close(record: Record) -> None:
+        open_record(record).close()
+
+    progress = Progress(len(records), "opening")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for n, _ in enumerate(pool.map(open_and_close, records), start=1):
+            progress(n)
+
+
 def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:
     """For --drop-bad: the records whose image can be decoded; `found` lists the others.
 

@@ -4,6 +4,7 @@ import contextlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         missing = {"config", "model"} - set(checkpoint)
         if missing or not isinstance(checkpoint["config"], dict):
             raise ValueError("it has no 'config' and 'model'")
+        check_values(checkpoint)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; `python train.py` writes one") from None
     except Exception as e:  # torch raises many kinds of errors on damaged files
@@ -40,6 +42,26 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             "runs/NAME/last.pt; runs/NAME/previous.pt is the one before it"
         ) from None
     return checkpoint
+
+
+def check_values(checkpoint: dict) -> None:
+    """ValueError where what the programs read beside the network is of another type than it was
+    written, or where a weight is not finite: such a network detects nothing."""
+    for name in ("args", "results"):
+        if not isinstance(checkpoint.get(name), (dict, NoneType)):
+            kind = type(checkpoint[name]).__name__
+            raise ValueError(f"its {name!r} are of type {kind}, expected a dict or None")
+    threshold = (checkpoint.get("results") or {}).get("threshold", 0)
+    if not isinstance(threshold, (int, float, NoneType)) or not 0 <= (threshold or 0) <= 1:
+        raise ValueError(f"its threshold is {threshold!r:.60}, expected 0 to 1")
+    for part in (checkpoint["model"], checkpoint.get("ema")):
+        tensors = part if isinstance(part, dict) else {}
+        for name, x in tensors.items():
+            # one that was expanded is larger than its storage, perhaps than any memory
+            if not isinstance(x, torch.Tensor) or x.nbytes > x.untyped_storage().nbytes():
+                continue
+            if not x.isfinite().all():
+                raise ValueError(f"its weights {name} are not finite")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from plumbing.files import (
     is_background,
     note_similar,
     number,
+    of_a_run,
     one_form,
     open_image,
     part_of,
@@ -101,7 +102,7 @@ def listings(root: str | Path) -> dict[str, Path]:
 def seems_coco(path: Path) -> bool:
     """Whether a JSON file may list a set, by its name or its first bytes: other tools write one
     JSON file per image, which must not be mistaken for sets."""
-    if path.name[0] == "." or not path.is_file():
+    if path.name[0] == "." or not path.is_file() or of_a_run(path):
         return False
     if path.name.startswith(("instances", "_annotations.coco")):
         return True
@@ -276,6 +277,11 @@ def box_of(annotation: dict) -> object:
     if annotation.get("bbox"):
         return annotation["bbox"]
     polygons = annotation.get("segmentation")
+    if isinstance(polygons, dict):
+        raise ValueError(
+            "a mask (RLE) without a bbox, which is needed: annotation['bbox'] = "
+            "pycocotools.mask.toBbox(rle).tolist()"
+        )
     if not isinstance(polygons, list) or not polygons:
         return annotation["bbox"]
     if not isinstance(polygons[0], list):  # a single one, not in a list of its own

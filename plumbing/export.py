@@ -72,8 +72,15 @@ class Exported(nn.Module):
         return boxes_xyxy.where(there[..., None], 0.0), scores, (best // k + 1) * there
 
 
+def check_ending(path: str | Path | None) -> None:
+    """ValueError where the name of the file does not say which format it is to have."""
+    if path and Path(path).suffix.lower() not in (".onnx", ".pt2"):
+        raise ValueError(f"--export {path}: expected a name that ends in .onnx or .pt2")
+
+
 def export(model: nn.Module, path: str | Path) -> None:
-    """Writes the whole detector; a name that ends in .onnx gets ONNX, any other torch.export."""
+    """Writes the whole detector: ONNX where the name ends in .onnx, torch.export where in .pt2."""
+    check_ending(path)
     path, config, model = Path(path), model.config, copy.deepcopy(model).cpu()
     pixels = torch.zeros(2, 3, config.size, config.size)
     normalise(pixels, config.mean, config.std, config.channels)  # makes its constants, untraced

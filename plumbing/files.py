@@ -210,6 +210,13 @@ def stays_inside(name: str) -> bool:
     return ".." not in parts and parts[0] != "" and "\0" not in name and not drive
 
 
+def of_a_run(path: Path) -> bool:
+    """Whether train.py wrote this into the folder of a run (--out), which may be among the data."""
+    names = "detections left_out.txt run.json results.json errors.json nonfinite.json".split()
+    ours = (path.with_name(name).is_file() for name in ("run.json", "log.jsonl"))
+    return path.name in names and all(ours)
+
+
 def one_form(name: str) -> str:
     """One spelling of a name: a Mac stores "é" as "e" and an accent, others as one character."""
     return unicodedata.normalize("NFC", name)
@@ -221,8 +228,9 @@ def index_files(
     """{"cam1/part00.jpg": path, ...}: the files below `folder` with one of these suffixes.
 
     The keys are the same in any locale. Hidden files and folders are skipped, such as a Mac's
-    "._part00.jpg". `roles` are names of folders that only say what lies in them ("images"): they
-    are left out of the keys, so that a picture and its labels have the same key.
+    "._part00.jpg"; so is what a run has drawn. `roles` are names of folders that only say what lies
+    in them ("images"): they are left out of the keys, so that a picture and its labels have the
+    same key.
     """
     files, seen = [], set()
     top = str(folder)
@@ -234,7 +242,8 @@ def index_files(
         seen.add((status.st_dev, status.st_ino))
         inside = os.path.relpath(place, top)
         parts = [] if inside == "." else [on_disk(part) for part in inside.split(os.sep)]
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        skipped = [f for f in folders if f == "__MACOSX" or of_a_run(Path(place, f))]
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in skipped)
         if len(parts) >= MAX_FOLDERS:
             folders.clear()
         start = "".join(f"{part}/" for part in parts if part.casefold() not in roles)

@@ -156,6 +156,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
     """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
+    if not str(path):
+        raise ValueError("--draw '': expected the name of a folder, such as drawn/")
     folder = Path(path)
     real = os.path.realpath  # as Path.resolve, but a link in a circle is no error
     places = [(real(path.parent), os.path.dirname(real(path))) for path in pictures]

@@ -29,6 +29,8 @@ def run_program(main: Callable[[], object]) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if hasattr(getattr(sys, name), "reconfigure"):  # notebooks replace them
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         status = main()
         sys.stdout.flush()
@@ -38,8 +40,7 @@ def run_program(main: Callable[[], object]) -> None:
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except (ValueError, OSError) as error:
         full = getattr(error, "errno", 0) in (errno.ENOSPC, getattr(errno, "EDQUOT", -1))
-        more = ": --out or --cache. Free some space, then go on with --resume" if full else ""
-        print(f"error: {error}{more}", file=sys.stderr)
+        print(f"error: {error}{disk_full() if full else ''}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:  # of a GPU, of the machine
         what = str(error).splitlines()[0] if str(error) else "out of memory."
@@ -50,6 +51,16 @@ def run_program(main: Callable[[], object]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def disk_full() -> str:
+    """The end of the error line for a full disk: which flags of this program fill it."""
+    if Path(sys.argv[0]).stem == "train":
+        return ": --out or --cache. Free some space, then go on with --resume"
+    writing = ("--out", "--cache", "--draw", "--json", "--export", "--results", "--comp4", "--to")
+    given = [word.partition("=")[0] for word in sys.argv[1:]]
+    named = " or ".join(flag for flag in writing if flag in given)
+    return (f": {named}" if named else "") + ". Free some space, or write to another place"
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -7,9 +7,11 @@ nonfinite.json        the images of the last step with a NaN or Inf, if there wa
 detections/           sheets of detections beside the ground truth
 results.json report.html page.html    written at the end
 left_out.txt          what --drop-bad left out
+run.lock              empty; locked while a train.py writes here
 """
 
 import argparse
+import errno
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -29,6 +32,11 @@ from torch import Tensor
 from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import Progress, make_folder, silence_output
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FILES = ("last.pt", "previous.pt", "last.tmp", "previous.tmp", "log.jsonl", "log.tmp", "run.json")
 FILES += ("nonfinite.json", "results.json", "report.html", "page.html", "left_out.txt")
@@ -53,6 +61,34 @@ def describe(args: argparse.Namespace, config, where: str, world: int) -> dict:
 
 # ------------------------------------------------------------------------------ beginning
 
+LOCKS: dict[Path, IO] = {}  # the open run.lock of each folder that this process writes
+
+
+def hold(out: Path) -> None:
+    """Locks the folder of a run for this process. ValueError if another one writes there.
+
+    The lock (POSIX) is not inherited by loader processes, and ends with the process. Without locks
+    (Windows, some network file systems) two runs in one folder are the user's affair.
+    """
+    release(out)
+    if fcntl is None:
+        return
+    try:
+        file = LOCKS[out] = open(out / "run.lock", "a")  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of other numbers: a file system without locks
+        if error.errno in (errno.EAGAIN, errno.EACCES) and out in LOCKS:
+            release(out)
+            raise ValueError(
+                f"--out {out}: another train.py is writing there. Choose another --out, or wait "
+                "until it has ended"
+            ) from None
+
+
+def release(out: Path) -> None:
+    if out in LOCKS:
+        LOCKS.pop(out).close()
+
 
 def start_folder(out: Path, left_out: str = "") -> str:
     """Makes the folder of a new run, with the list of what --drop-bad left out -> lines to print.
@@ -60,6 +96,8 @@ def start_folder(out: Path, left_out: str = "") -> str:
     An earlier run in the folder moves to OUT-1, OUT-2, ... as a whole. ValueError, and nothing is
     moved, if other files lie beside it, or if files there would be overwritten.
     """
+    if (out / "run.lock").exists():
+        hold(out)
     said, ours = "", [name for name in FILES if (out / name).exists()]
     if out.is_dir() and ours:
         others = sorted(p.name for p in out.iterdir() if not is_ours(p))
@@ -71,11 +109,13 @@ def start_folder(out: Path, left_out: str = "") -> str:
                 f"--out {out}: holds {what}, and a new run would move or overwrite them. Choose "
                 "another --out, such as runs/NAME; --resume goes on with a run that is there"
             )
+        hold(out)
         names = (out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
         aside = out.rename(next(path for path in names if not path.exists()))
         said = f"{out} held another run, now in {aside.name} (--resume goes on with a run)\n"
     make_folder(out, "--out")
     make_folder(out / "detections", "--out")
+    hold(out)
     if left_out:
         path = out / "left_out.txt"
         path.write_text(left_out, encoding="utf-8", errors="backslashreplace")
@@ -87,7 +127,7 @@ def is_ours(path: Path) -> bool:
     """Whether a run of this program wrote this file or folder."""
     if path.name == "detections" and path.is_dir():
         return all(re.fullmatch(r"\d{7}\.png", p.name) for p in path.iterdir())
-    return path.name in FILES and path.is_file()
+    return path.name in (*FILES, "run.lock") and path.is_file()
 
 
 def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
@@ -198,6 +238,7 @@ class RunLog:
         self.lead = self.rank == 0
         self.file, self.progress = None, None
         if self.lead:
+            hold(self.out)
             cut_log(self.out / "log.jsonl", self.first)
             write_json(self.out / "run.json", about)
             self.file = open(self.out / "log.jsonl", "a", buffering=1, encoding="utf-8")
@@ -296,3 +337,4 @@ class RunLog:
     def close(self) -> None:
         if self.file:
             self.file.close()
+            release(self.out)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing import coco, voc, yolo
+from plumbing.check import check_headers, leave_out_unreadable
 from plumbing.files import (
     BadData,
     Findings,
@@ -182,8 +183,6 @@ def open_data(
             raise
         raise BadData(error.where, f"{error.what.rstrip('.')}. {hint}") from None
     if found.drop:
-        from plumbing.check import leave_out_unreadable
-
         records = leave_out_unreadable(records, found)
     if classes is not None:
         classes = tuple(classes)
@@ -196,13 +195,18 @@ def open_data(
 
 
 def read_data(args: Namespace) -> tuple[list[Record], list[Record], tuple[str, ...], str]:
-    """-> (records to train on, records to evaluate, class names, what --drop-bad left out)."""
+    """-> (records to train on, records to evaluate, class names, what --drop-bad left out).
+
+    BadData also where the size of an image is not its annotation's.
+    """
     found = Findings(drop=args.drop_bad)
     train, classes = open_data(args, args.train_sets, findings=found)
     if args.overfit:
         train = test = train[: args.overfit]
     else:
         test, _ = open_data(args, args.eval_sets, classes, findings=found)
+    if not found.drop and kind_of(args) != "yolo":  # its reader takes the sizes from the images
+        check_headers(train + test)
     return train, test, classes, found.dropped_text()
 
 

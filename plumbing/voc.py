@@ -38,6 +38,7 @@ from plumbing.files import (
     is_background,
     note_similar,
     number,
+    of_a_run,
     one_form,
     open_image,
     part_of,
@@ -68,9 +69,9 @@ DIALECTS = {  # outermost elements of other formats, and what the user can do
 def parse_xml(path: Path) -> list[tuple[str, str, int]]:
     """[("size/width", "500", line), ...], and ("object", "", line) where each object starts.
 
-    Safe on any input: at most 16 MiB and 16 levels, and no document type, since that is where
-    entities are declared (which can expand without bound, or read files of this machine). Prefixes
-    of namespaces are dropped.
+    Safe on any input: at most 16 MiB and 16 levels, and no document type that declares entities or
+    attributes (which can expand without bound, or read files of this machine), or that is in
+    another file. Prefixes of namespaces are dropped.
     """
     data, encoding = in_utf8(read_bytes(path))
     parser = expat.ParserCreate(encoding)
@@ -106,11 +107,19 @@ def parse_xml(path: Path) -> list[tuple[str, str, int]]:
         stack.pop()
         text.clear()
 
-    def doctype(*_):
-        raise ValueError("broken XML: a document type (which declares entities) is refused")
+    def refuse(*_):
+        raise ValueError(
+            "broken XML: a document type that declares entities or attributes, or that is in "
+            "another file, is refused; take <!DOCTYPE ...> out"
+        )
+
+    def doctype(_, system, public, has_declarations):
+        if system or public:
+            refuse()
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = text.append, doctype
+    parser.EntityDeclHandler = parser.AttlistDeclHandler = parser.SkippedEntityHandler = refuse
     try:
         parser.Parse(data, True)
     except (ValueError, LookupError, expat.ExpatError) as error:
@@ -265,7 +274,7 @@ def list_sets(root: str | Path) -> list[str]:
             if end != listing.stem and end in ends and listing.is_file():
                 with open(listing, "rb") as file:
                     first = file.readline(4096)
-            if not re.search(rb"\s(-1|0|1)\s*$", first):
+            if not re.search(rb"\s(-1|0|1)\s*$", first) and not of_a_run(listing):
                 sets.append(year + listing.stem)
     if not sets and root.is_dir():
         keys = annotations_of(root)

@@ -402,6 +402,9 @@ def read_yolo(
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise BadData(source, f"class {twice!r} is there twice")
+    if "nc" in settings and number(settings["nc"]) != len(names):  # the YOLO tools refuse it, too
+        what = f"nc is {settings['nc']!r:.60}, but {source} has {len(names)} names"
+        found.refuse(file, f"{what}: {', '.join(names):.200}. Make them agree, or delete nc")
     note_similar(names, source, found)
 
     bad: dict[str, list[tuple[str, str]]] = {}  # what -> (where, line)
@@ -448,6 +451,13 @@ def read_yolo(
             found.refuse(source, what, "class named background", used[number_])
         else:
             found.handle(source, f"class {name!r}, which no box uses, left out")
+    owners: dict[Path, Path] = {}
+    for key in images:
+        if labels := label_files.get(key.rpartition(".")[0]):
+            other = owners.setdefault(labels, pictures[key])
+            if other != pictures[key]:
+                where = f"{other.name} and {pictures[key].name} of {labels}"
+                found.handle(where, "pairs of pictures that share one label file, used for both")
     label_of = {number_: label for label, number_ in enumerate(keep, start=1)}
     records = []
     for name, path, size, objects in rows:

@@ -287,6 +287,13 @@ def test_modes(monkeypatch):
     ops._load()
 
 
+def test_an_unknown_mode_is_one_line(tmp_path):
+    process = start(tmp_path, "bogus")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: SCRATCHDET_OPS=bogus: expected one of auto, refer.*\n", err)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_processes_that_start_together(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 from dataclasses import asdict, replace
 
@@ -148,6 +149,14 @@ def damaged_files(folder) -> dict:
         "weights of other classes": good | {"config": good["config"] | {"classes": ("a",)}},
         "weights of another width": good | {"config": good["config"] | {"width": 0.5}},
         "a weight missing": good | {"model": dict(list(good["model"].items())[1:])},
+        "results are a list": good | {"results": [1]},
+        "results are a number": good | {"results": 0.5},
+        "threshold is text": good | {"results": {"threshold": "high"}},
+        "threshold is NaN": good | {"results": {"threshold": math.nan}},
+        "args are text": good | {"args": "--lr 1"},
+        "weights are NaN": good | {"model": {k: v * math.nan for k, v in good["model"].items()}},
+        "weights that fill the memory": good
+        | {"model": dict.fromkeys(good["model"], torch.zeros(1).expand(1 << 50))},
         "weights are text": good | {"model": "weights"},
     }
     for name, value in objects.items():
@@ -160,6 +169,7 @@ def damaged_files(folder) -> dict:
 def test_reading_anything_else_is_one_clear_error(tmp_path):
     of_another = ("another backbone", "weights of other classes", "weights of another width")
     of_another += ("a weight missing", "width of another type", "weights are text")
+    of_another += ("weights that fill the memory",)
     for name in damaged_files(tmp_path):
         with pytest.raises(ValueError, match=r"\w") as caught:
             load_detector(tmp_path / name)

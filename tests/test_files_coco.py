@@ -299,8 +299,18 @@ def test_a_box_is_that_of_its_polygons(coco, capsys):
     for bad in ([], [[]], [[5]], [["x", 1]], {"counts": "3k1"}, [7], [None]):
         content["annotations"][0]["segmentation"] = bad
         write_coco(root, content)
-        with pytest.raises(BadData):
+        with pytest.raises(BadData, match="toBbox" if isinstance(bad, dict) else None):
             read_coco(root, ["train2017"])
+
+
+def test_a_mask_without_a_box_says_how_to_get_one(coco):
+    root, content = coco
+    mask = {"counts": "3k1", "size": [40, 60]}
+    content["annotations"][0] = {"id": 1, "image_id": 7, "category_id": 90, "segmentation": mask}
+    write_coco(root, content)
+    said = r"annotations\[0\]: .*a mask \(RLE\) without a bbox.*pycocotools.mask.toBbox\(rle\)"
+    with pytest.raises(BadData, match=said):
+        read_coco(root, ["train2017"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,29 @@
 """VOC files in the folders, with the names and suffixes, that people's tools leave."""
 
+import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from trees import an_object, drop, flags, listed, make_voc, picture, run_check, write, xml_of
+from trees import (
+    an_object,
+    drop,
+    flags,
+    listed,
+    make_coco,
+    make_voc,
+    make_yolo,
+    picture,
+    run_check,
+    write,
+    write_coco,
+    xml_of,
+)
 
-from plumbing.files import SUFFIXES, BadData, decode_pixels, open_record, read_classes
-from plumbing.sources import open_data
+from plumbing.files import SUFFIXES, BadData, Findings, decode_pixels, open_record, read_classes
+from plumbing.run_folder import FILES
+from plumbing.sources import open_data, sets_there
 from plumbing.voc import list_sets, read_voc
 
 
@@ -194,3 +210,52 @@ def test_parts_of_a_set_are_apart_and_the_same_anywhere(voc):
     assert [r.name for r in read_voc(voc, ["mine@train", "mine@val"])[0]] == train + val
     with pytest.raises(ValueError, match="mine@trian: expected mine@train or mine@val"):
         read_voc(voc, ["mine@trian"])
+
+
+# ---- a run of ours among the data
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "yolo", "flat voc", "flat coco", "flat yolo"])
+def test_a_run_among_the_data_changes_nothing_of_it(tmp_path, kind):
+    """--out in any folder of the data, or that folder itself: its drawings are no pictures, its
+    JSON files no sets."""
+    root = tmp_path / "data"
+    if kind == "voc":
+        make_voc(root)
+    elif kind == "flat voc":
+        for name in "ab":
+            picture(root / f"{name}.jpg")
+            write(root / f"{name}.xml", xml_of(an_object()))
+    elif kind == "yolo":
+        make_yolo(root)
+    elif kind == "flat yolo":
+        picture(root / "a.jpg")
+        write(root / "a.txt", "0 0.5 0.5 0.5 0.5")
+        write(root / "classes.txt", "bolt")
+    else:
+        root.mkdir()
+        content = make_coco(root)[1]
+        write_coco(root, content)
+        if kind == "flat coco":
+            (root / "annotations/instances_train2017.json").rename(root / "train2017/labels.json")
+            (root / "annotations").rmdir()
+    args = flags(**{f"{kind[-4:].strip()}_root": str(root)}, classes=None)
+    args.classes = "auto" if args.voc_root else None
+
+    def all_of_it():
+        sets = list(dict.fromkeys([*sets_there(args), *["all"] * (args.yolo_root is not None)]))
+        found = Findings(collect=True)  # YOLO's val shows nothing
+        return sets, [str(open_data(args, [name], findings=found)) for name in sets]
+
+    before = all_of_it()
+    for folder in [root, *filter(Path.is_dir, sorted(root.rglob("*")))]:
+        for out in (folder, folder / "run"):
+            new = [out / name for name in FILES if not (out / name).exists()]
+            for path in new:
+                write(path, '{"images": ["a"], "annotations": []}')
+            picture(out / "detections/0000500.png")
+            assert all_of_it() == before, out
+            shutil.rmtree(out / "run" if out == folder else out, ignore_errors=True)
+            shutil.rmtree(out / "detections", ignore_errors=True)
+            for path in new:
+                path.unlink(missing_ok=True)

@@ -172,6 +172,27 @@ def test_classes_that_are_not_those_of_the_data(yolo):
         read_yolo(yolo, ["train"], ["nut", "bolt"])
 
 
+def test_nc_must_be_the_number_of_names(yolo):
+    write(yolo / "data.yaml", "nc: 3\nnames: [bolt, nut]\ntrain: images/train\n")
+    with pytest.raises(BadData, match=r"data.yaml: nc is '3', but .*data.yaml has 2 names: bolt, "):
+        read_yolo(yolo, ["train"])
+    write(yolo / "data.yaml", "nc: 3\ntrain: images/train\n")
+    with pytest.raises(BadData, match=r"nc is '3', but --classes has 2 names.*or delete nc"):
+        read_yolo(yolo, ["train"], ["bolt", "nut"])
+
+
+def test_pictures_that_share_a_label_file_are_said(yolo, capsys):
+    picture(yolo / "images/train/a.png")
+    records, _ = read_yolo(yolo, ["train"])
+    assert [record.path.name for record in records] == ["a.jpg", "a.png", "b.jpg"]
+    assert [len(record.labels) for record in records] == [1, 1, 1]
+    said = "data: pairs of pictures that share one label file, used for both: 1, first a.jpg and "
+    err = capsys.readouterr().err
+    assert said in err
+    assert f"a.png of {yolo}/labels/train/a.txt\n" in err
+    assert err.count("\n") == 1
+
+
 def test_names_with_marks(yolo):
     name = unicodedata.normalize("NFD", "\u00e9crou")
     text = f"names:\n  - driver's\n  - 'it''s # 1, b'\n  - \"a: b\"\n  - {name}\n  - a#b # c\n"

@@ -1,5 +1,6 @@
 """Files that mean harm, pictures of every kind, and the data check that names what is wrong."""
 
+import errno
 import json
 import os
 import re
@@ -35,7 +36,7 @@ from plumbing.files import (
 )
 from plumbing.pictures import GREEN
 from plumbing.program import check_file, make_folder, run_program
-from plumbing.sources import open_data
+from plumbing.sources import open_data, read_data
 from plumbing.voc import read_voc
 
 ROOT = Path(__file__).parents[1]
@@ -79,12 +80,26 @@ BOMB = (
         BOMB.encode("utf-16"),
         '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a><filename>&x;</filename></a>',
         '<!DOCTYPE a SYSTEM "http://127.0.0.1:9/evil.dtd"><a/>',
+        '<!DOCTYPE a PUBLIC "-//W3C//DTD" "evil.dtd"><a/>',
+        '<!DOCTYPE a [<!ATTLIST a b CDATA "x">]><a/>',
+        '<!DOCTYPE a [<!ENTITY % x "lol"> %x;]><a/>',
+        "<!DOCTYPE a [%x;]><annotation><filename>&y;</filename></annotation>",
     ],
 )
 def test_entities_are_refused_before_they_grow(voc, content):
     content = content if isinstance(content, bytes) else content.encode()
     (voc / "Annotations/a.xml").write_bytes(content)
     with bounded(1, 50), pytest.raises(BadData, match=r"a.xml:1: .*document type.*refused"):
+        read_voc(voc, ["trainval"])
+
+
+@pytest.mark.parametrize("more", ["", " [<!ELEMENT annotation ANY>]"])
+def test_a_document_type_without_entities_is_read(voc, more):
+    text = f'<?xml version="1.0"?>\n<!DOCTYPE annotation{more}>\n{xml_of(an_object())}'
+    (voc / "Annotations/a.xml").write_text(text)
+    assert read_voc(voc, ["trainval"])[0][0].labels.tolist() == [1]
+    (voc / "Annotations/a.xml").write_text(text.replace("dog", "&dog;"))
+    with pytest.raises(BadData, match=r"a.xml:7: broken XML: undefined entity"):
         read_voc(voc, ["trainval"])
 
 
@@ -282,6 +297,27 @@ def test_another_size_than_the_image(voc):
     record = read_voc(voc, ["trainval"])[0][0]
     with pytest.raises(BadData, match="a.jpg: the image is 60x40, its annotation says 61x40"):
         next(data.ordered_batches([record], 30, batch_size=1))
+
+
+def test_another_size_than_the_image_is_found_before_the_first_step(voc, coco, tmp_path):
+    """A run must not end in its middle, when such an image is first loaded."""
+    for name in "ab":
+        (voc / f"Annotations/{name}.xml").write_text(xml_of(an_object(), size=(61, 40)))
+    given = dict(train_sets=["trainval"], eval_sets=["trainval"], overfit=0, classes="auto")
+    args = flags(voc_root=str(voc), **given)
+    with pytest.raises(BadData, match=r"a.jpg: the image is 60x40, its .* 61x40 \(--drop-bad"):
+        read_data(args)
+    (voc / "Annotations/b.xml").write_text(xml_of(an_object()))
+    args.drop_bad = True
+    records, _, _, left_out = read_data(args)
+    assert [record.name for record in records] == ["b"]
+    assert "a.jpg: the image is 60x40, its annotation says 61x40" in left_out
+    root, content = coco
+    content["images"][0]["width"] = 61
+    write_coco(root, content)
+    given = dict(train_sets=["train2017"], eval_sets=["train2017"], overfit=1)
+    with pytest.raises(BadData, match="000007.jpg: the image is 60x40, its annotation says 61x40"):
+        read_data(flags(coco_root=str(root), **given))
 
 
 # ---- python data.py --check
@@ -490,6 +526,24 @@ def test_a_file_to_write_is_tried_and_stays_as_it_is(tmp_path):
     (tmp_path / "b.json").write_text("old")
     check_file(tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train.py", ": --out or --cache. Free some space, then go on with --resume"),
+        ("detect.py a.jpg --draw d --json=j", ": --draw or --json. Free some space, or write to"),
+        ("detect.py a.jpg", ". Free some space, or write to another place"),
+    ],
+)
+def test_a_full_disk_names_flags_that_the_program_has(words, said, monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit):
+        run_program(full)
+    assert f"No space left on device{said}" in capsys.readouterr().err
 
 
 def test_an_empty_root_is_no_wish_for_shapes():

@@ -493,6 +493,14 @@ def test_no_console_at_all(run, tmp_path, monkeypatch):
     assert "mAP" in json.loads((tmp_path / "a.json").read_text())
 
 
+def test_a_film_from_a_closed_input(tmp_path):
+    """`detect.py - <&-`: Python has None for it."""
+    words = "exec 0<&-; exec " + " ".join([sys.executable, str(ROOT / "detect.py"), "-"])
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "error: -: no JPEG frame on standard input. ffmpeg" in done.stderr
+
+
 def test_train_in_a_thread_of_somebodys_program(flags, run, tmp_path):
     """Signals stay with the program; the losses are those of the main thread."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

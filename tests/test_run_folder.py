@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -201,12 +202,11 @@ def test_a_run_that_is_there_moves_as_a_whole(tmp_path):
     a_run(tmp_path / "other")
     os.rename(tmp_path / "other", out / "x")
     os.rename(out / "x", tmp_path / "x")
-    (out / "detections").rmdir()
-    out.rmdir()
+    shutil.rmtree(out)
     os.rename(tmp_path / "x", out)
     assert "now in run-1" in run_folder.start_folder(out)
     assert (tmp_path / "run-1/last.pt").read_text() == "last.pt"
-    assert [p.name for p in out.iterdir()] == ["detections"]
+    assert sorted(p.name for p in out.iterdir()) == ["detections", "run.lock"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git", "detections/mine.jpg", "results.csv"])
@@ -219,6 +219,26 @@ def test_a_folder_with_anything_else_stays_where_it_is(tmp_path, name):
     with pytest.raises(ValueError, match="--out .*other files than a run's.*Choose another --out"):
         run_folder.start_folder(out)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_run_does_not_start_where_one_is_writing(tmp_path):
+    """Whether the folder is new or holds an older run; nothing of either moves."""
+    fresh, second = tmp_path / "fresh", tmp_path / "run"
+    a_run(second)
+    for out in (fresh, second):
+        run_folder.start_folder(out)
+        before = sorted(tmp_path.rglob("*"))
+        for _ in range(2):
+            said = in_fork(lambda out=out: run_folder.start_folder(out))
+            assert f"--out {out}: another train.py is writing there. Choose another" in said
+        (out / "run.json").write_text("{}")  # which the log writes
+        assert "another train.py" in in_fork(lambda out=out: run_folder.start_folder(out))
+        (out / "run.json").unlink()
+        assert sorted(tmp_path.rglob("*")) == before
+        run_folder.release(out)
+        assert in_fork(lambda out=out: run_folder.start_folder(out)) == ""
+        run_folder.start_folder(out)  # that process has ended, and its lock with it
+        run_folder.release(out)
 
 
 @pytest.mark.parametrize("name", ["report.html", "log.jsonl", "results.json", "last.pt"])
