@@ -336,9 +336,10 @@ def picture(
     image = decode_pixels(open_record(record), record).convert("RGB")
     scale = 600 / image.width
     image = image.resize((600, round(scale * image.height)), Image.Resampling.BICUBIC)
-    image = draw_boxes(image, record.boxes_xyxy * scale, record.labels, None, names)
+    # never with a legend: pictures of two runs can be compared only if both have names and scores
+    image = draw_boxes(image, record.boxes_xyxy * scale, record.labels, None, names, crowded=False)
     boxes, scores, labels = (column[best] for column in found)
-    image = draw_boxes(image, boxes * scale, labels, scores, names)
+    image = draw_boxes(image, boxes * scale, labels, scores, names, crowded=False)
     if more > 0:
         write_on(image, f"+ {more} more", 28)
     return image

@@ -143,7 +143,13 @@ def test_of_a_crowd_the_best_ten_are_drawn(tmp_path, monkeypatch, many, words):
     found = Detections(np.tile([5.0, 5, 30, 30], (many + 3, 1)), scores, np.zeros(many + 3, int))
     threshold = np.array([0.9, (scores[many - 1] + scores[many]) / 2])  # of a, of label 0
     drawn, written = [], []
-    monkeypatch.setattr(bug, "draw_boxes", lambda image, *rest: drawn.append(rest) or image)
+
+    def draw(image, *rest, crowded):
+        assert not crowded  # names and scores in the pictures of both runs, no legend
+        drawn.append(rest)
+        return image
+
+    monkeypatch.setattr(bug, "draw_boxes", draw)
     monkeypatch.setattr(bug, "write_on", lambda image, text, size: written.append(text))
     bug.picture(record, found, ("a",), threshold)
     (_, _, truth, _), (boxes, labels, best, names) = drawn
