@@ -49,6 +49,7 @@ DRAWING = (
     16  # seed of the pictures; these have six small objects, three of them without an IoU of .5
 )
 BEST = 10  # detections that are drawn in a picture
+NOTE = "Positives per image: the mean of all steps. mAP and AP50 lie between 0 and 1"
 FLAGS = ["--overfit", str(PICTURES), "--batch-size", "4", "--iterations", str(STEPS)]
 FLAGS += ["--lr", "0.06", "--seed", "0", "--no-bf16"]  # bf16 is on by default on some machines only
 FLAGS += ["--augment", "flip", "--backbone", "resnet18", "--width", "0.25", "--workers", "0"]
@@ -401,6 +402,7 @@ def play(number: int, folder: Path) -> None:
     print(f"{'':28}{'without':>10}{'with the bug':>14}{'with / without':>16}")
     for name, *cells in rows:
         print(f"{name:28}{cells[0]:>10}{cells[1]:>14}{cells[2]:>16}")
+    print(NOTE)
     if steps(wrong):
         (folder / f"{number}.html").write_text(page(number, right, wrong, rows), encoding="utf-8")
         print(f"{folder}/{number}.html: the same, with curves, detections and errors of both")
@@ -418,7 +420,9 @@ def symptoms(run: Path) -> dict[str, float | None]:
             rows[f"{part}, steps {step - 9} to {step}"] = (
                 sum(row[part] for row in log[step - 10 : step]) / 10
             )
-    rows["positives per image"] = sum(row["positives"] for row in log) / len(log)
+    positives = [row["positives"] for row in log]
+    rows["positives per image"] = sum(positives) / len(log)
+    rows["positives, lowest step"], rows["positives, highest step"] = min(positives), max(positives)
     if (run / "results.json").is_file():
         results = json.loads((run / "results.json").read_text())
         rows["mAP"] = results["mAP_11point"]
@@ -429,7 +433,7 @@ def symptoms(run: Path) -> dict[str, float | None]:
         rows["objects"], rows["of them found"] = found["objects"], found["found"]
         rows["detections shown"], rows["of them right"] = found["shown"], found["right"]
         for kind, row in found["kinds"].items():
-            rows[f"AP50 lost to {kind}"] = row["cost"]
+            rows[f"AP50 lost to {kind}"] = row["cost"] / 100  # as mAP: of 1
     return rows
 
 
@@ -469,7 +473,9 @@ def page(number: int, right: Path, wrong: Path, rows: list[tuple]) -> str:
         )
         seen += f'<div class="panels">{pictures}</div>'
     sections = {
-        "Numbers": ends + report.table(head, [[escape(c) for c in row] for row in rows]),
+        "Numbers": ends
+        + report.table(head, [[escape(c) for c in row] for row in rows])
+        + f"<p>{NOTE}; in the table of errors below they are in points, hundredths of it.</p>",
         "Detections": seen,
         "Training": report.training(runs),
         "Errors": report.errors(runs),

@@ -108,7 +108,8 @@ def test_neighbours_in_the_calls_are_near():
 def write_run(folder, *, loss=2.0, **results):
     folder.mkdir()
     row = {"loss": loss, "loc": loss / 2, "conf": loss / 2, "positives": 40.0}
-    (folder / "log.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
+    other = row | {"positives": 37.0}
+    (folder / "log.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n" * 6)
     if results:
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -117,11 +118,18 @@ def test_the_first_step_and_the_ratio_are_shown(tmp_path):
     right, wrong = tmp_path / "right", tmp_path / "bug-1"
     write_run(right, mAP_11point=0.5, by_size={"small": {"mAP_11point": None}})
     write_run(wrong, loss=84.0)
+    kinds = {"missed": {"cost": 15.3}}  # in points, as errors.py counts
+    found = {"objects": 19, "found": 15, "shown": 15, "right": 15, "kinds": kinds}
+    (wrong / "errors.json").write_text(json.dumps(found))
+    (right / "errors.json").write_text(json.dumps(found | {"kinds": {"missed": {"cost": 0}}}))
     rows = {name: cells for name, *cells in bug.compare(right, wrong)}
     assert rows["loss, step 1"] == ["2", "84", "42"]
-    assert rows["positives per image"] == ["40", "40", "1"]
+    assert rows["positives per image"] == ["38.5", "38.5", "1"]
+    assert rows["positives, lowest step"] == ["37", "37", "1"]
+    assert rows["positives, highest step"] == ["40", "40", "1"]
     assert rows["mAP"] == ["0.5", "-", "-"]
     assert rows["mAP, small objects"] == ["-", "-", "-"]
+    assert rows["AP50 lost to missed"] == ["0", "0.153", "-"]  # in mAP's unit
 
 
 def test_the_pictures_show_what_the_table_counts(tmp_path):
