@@ -107,7 +107,8 @@ def test_neighbours_in_the_calls_are_near():
 
 def write_run(folder, *, loss=2.0, **results):
     folder.mkdir()
-    row = {"loss": loss, "loc": loss / 2, "conf": loss / 2, "positives": 40.0}
+    (folder / "run.json").write_text("{}")
+    row = {"step": 0, "loss": loss, "loc": loss / 2, "conf": loss / 2, "positives": 40.0}
     other = row | {"positives": 37.0}
     (folder / "log.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n" * 6)
     if results:
