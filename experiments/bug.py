@@ -6,10 +6,10 @@
     python -m experiments.bug 7 --hint                  where to look
     python -m experiments.bug 7 --tell                  the line, who had it, the test that sees it
 
-Both runs learn four pictures of drawn shapes by heart, in 240 steps, each on one core for some 45
-CPU seconds; the right one is kept for the next bug. runs/bugs/7.html has the numbers, curves,
-detections and kinds of error of both. The bug is a line of tests/harness/mutants.py, planted in a
-copy of this repository that is gone afterwards. For lecturers: docs/bug-answers.md.
+Both runs learn four drawn pictures by heart, in 240 steps on one core (some 45 CPU seconds); the
+right one is kept for the next bug. runs/bugs/7.html has the numbers, curves, detections and
+kinds of error of both. The bug is a line of tests/harness/mutants.py, planted in a copy of this
+repository that is gone afterwards. For lecturers: docs/bug-answers.md.
 """
 
 import argparse
@@ -52,38 +52,34 @@ DRAWING = 16  # the pictures' seed: six small objects, three of which no prior c
 BEST = 10  # detections that are drawn in a picture
 HEAD = ["", "without", "with the bug", "with / without"]
 NOTE = "Positives per image: the mean of all steps. mAP and AP50 lie between 0 and 1"
-FLAGS = ["--overfit", str(PICTURES), "--batch-size", "4", "--iterations", str(STEPS)]
-FLAGS += ["--lr", "0.06", "--seed", "0", "--no-bf16"]  # bf16 is on by default on some machines only
-FLAGS += ["--augment", "flip", "--backbone", "resnet18", "--width", "0.25", "--workers", "0"]
-FLAGS += ["--train-sets", "2007:train", "--eval-sets", "2007:test"]
+FLAGS = f"--overfit {PICTURES} --batch-size 4 --iterations {STEPS} --lr 0.06 --seed 0".split()
+FLAGS += "--no-bf16 --augment flip --backbone resnet18 --width 0.25 --workers 0".split()
+FLAGS += "--train-sets 2007:train --eval-sets 2007:test".split()
 
 
 class Bug(NamedTuple):
     what: str  # of tests/harness/mutants.py
     hint: str
     seen: str  # the symptom, and why it is so
-    who: str  # had this bug, or one of its kind
+    who: str = "none that we know by name"  # had this bug, or one of its kind
 
 
 # fmt: off
 BUGS = [
     Bug("background detected",
         "Read the last line that the run printed. Which label is it, and who may have it?",
-        "Training is right. The detector also reports background, class 0, as an object; the "
-        "evaluation refuses such a label, where others would count it as a class or crash later.",
-        "none that we know by name"),
+        "Training is right. The detector also reports background, class 0, as an object; this "
+        "evaluation refuses such a label, others count it as a class."),
     Bug("decoded boxes lose half their size",
         "Lay the two loss curves on each other. What happens to the network's answers after the "
         "loss? And on which part of its object does each box lie?",
         "The loss is the right one's to the last digit, and nothing is found: training is right. "
-        "Each box covers one quarter of its object, because one corner is the centre.",
-        "none that we know by name"),
+        "Each box covers one quarter of its object, because one corner is the centre."),
     Bug("the first class is background",
         "Look at the green boxes of the pictures: nobody has trained those. What are they called?",
-        "Even the ground truth has wrong names: every class is called as the one before it, and "
-        "the first one is label 0, which is background and is never learnt. Its priors still have"
-        " offsets to learn, but count as background, whose answers are set to 0: this part of the"
-        " loss of the offsets never falls.",
+        "Even the ground truth has wrong names: each class has the name of the one before it, and "
+        "the first is label 0, background, and is never learnt. Its priors have offsets to learn, "
+        "but background's answers are set to 0: that part of the offset loss never falls.",
         "lzx1413/PytorchSSD #7"),
     Bug("background is a positive",
         "Look at the number of positives, and at how large the loss is from the first step on.",
@@ -92,19 +88,19 @@ BUGS = [
         "a relative: lzx1413/PytorchSSD #7, where background and a class share a label"),
     Bug("divided by images, not by positives",
         "Compare the first steps of both runs: by what factor do they differ?",
-        "Before anything is learnt the loss is as many times too large as there are positives per"
-        " picture. So is every gradient, as if the learning rate were.",
+        "Before anything is learnt the loss is as many times too large as there are positives per "
+        "picture. So is every gradient, as if the learning rate were.",
         "balancap/SSD-Tensorflow #292"),
     Bug("head does not permute",
         "The numbers of all priors are there, and none is lost. Whose are they?",
         "The loss of the classes falls little, and small objects are never found: (N, A*k, H, W) "
-        "was cut into rows of k as it lay in memory, so that a row holds one channel of "
-        "neighbouring cells. Maps of few cells suffer least.",
+        "was cut into rows of k as it lay in memory, so a row holds one channel of neighbouring "
+        "cells. Maps of few cells suffer least.",
         "a relative: jwyang/fpn.pytorch #6 numbers anchors one way for scores, another for boxes"),
     Bug("rows of the first image for all",
         "It is the loss of the offsets that stays high. Would it with a batch of one picture?",
-        "Every picture of a batch is given the boxes of the first one. Which picture is the first"
-        " changes from step to step, so the offsets can never be right.",
+        "Every picture of a batch is given the boxes of the first one. Which picture is the first "
+        "changes from step to step, so the offsets can never be right.",
         "a relative: google/cameratrapai #45 gives the whole batch the answers of its first image"),
     Bug("boxes not mirrored with the image",
         "Half of the time all is right. What is random in this training?",
@@ -117,17 +113,15 @@ BUGS = [
         "answers for cell (column, row). The maps are square, so nothing crashes.",
         "relatives: allanzelener/YAD2K #86, ultralytics/ultralytics #7247"),
     Bug("the easiest negatives",
-        "The loss of the classes is far below the right one's from the start. Is that good? Count"
-        " what is shown in the pictures.",
-        "A low loss and many false alarms: only the background that was easy anyway is learnt.",
-        "none that we know by name; amdegroot/ssd.pytorch #43 asks about that sort, which is "
-        "right"),
+        "The loss of the classes is far below the right one's from the start. Is that good? Count "
+        "what is shown in the pictures.",
+        "A low loss, and false alarms: only the background that was easy anyway is learnt.",
+        "none that we know by name; amdegroot/ssd.pytorch #43 asks, but has that sort right"),
     Bug("IoU with sides one longer",
-        "mAP and pictures are nearly right. Compare the positives per image. In which unit are "
-        "the boxes?",
+        "mAP and pictures are nearly right. Compare the positives. In which unit are the boxes?",
         "A ninth of the positives: almost no prior reaches an IoU of .5, so each object has only "
-        "the one that is forced. A pixel was added to a side, but the boxes are in units of the "
-        "image, where 1 is all of it.",
+        "the one that is forced. A side is 1 longer: a pixel, if boxes were in pixels; but here 1 "
+        "is the whole image.",
         "xg-chu/CrowdDet #47 (the areas have the + 1, the intersection has none)"),
     Bug("forced match lost",
         "Compare the positives per image to the last digit: which objects may have lost theirs? "
@@ -156,14 +150,16 @@ def lines_of(mutant: mutants.Mutant) -> range:
 # ------------------------------------------------------------------------------ guesses
 
 HOMES = (path for where in ("*.py", "ops/*.py", "plumbing/*.py") for path in ROOT.glob(where))
-FILES = sorted(path.relative_to(ROOT).as_posix() for path in HOMES)
+FILES = sorted((p.relative_to(ROOT).as_posix() for p in HOMES), key=lambda f: (f.count("/"), f))
 
 
 class Function(NamedTuple):
     """A function or a class of FILES."""
 
     file: str
-    name: str  # with what it is in: Head.forward
+    path: str  # .scratchdet.Head.forward
+    name: str  # Head.forward
+    last: str  # forward
     lines: range  # from its first decorator on
     head: range  # decorators and signature
     calls: set[str]  # names of functions and classes
@@ -172,53 +168,41 @@ class Function(NamedTuple):
 @functools.cache
 def functions() -> list[Function]:
     """All of them; what is inside another comes after it."""
-    found = []
-    modules = {Path(file).stem for file in FILES} | {"ops", "self"}
+    found, modules = [], {Path(file).stem for file in FILES} | {"ops", "self"}
 
     def called(call: ast.Call) -> str:
         """The name in `name()`, `module.name()` or `self.name()`; of other objects nobody knows."""
         *owner, name = ast.unparse(call.func).split(".")
         return name if not owner or owner[-1] in modules else ""
 
-    def walk(node: ast.AST, file: str, outer: str) -> None:
+    def walk(node: ast.AST, file: str, path: str, outer: str = "") -> None:
         for child in ast.iter_child_nodes(node):
-            name = outer
-            if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                name = f"{outer}.{child.name}".removeprefix(".")
-                first = min(n.lineno for n in (child, *child.decorator_list))
-                calls = {called(n) for n in ast.walk(child) if isinstance(n, ast.Call)}
-                lines, head = range(first, child.end_lineno + 1), range(first, child.body[0].lineno)
-                found.append(Function(file, name, lines, head, calls - {""}))
-            walk(child, file, name)
+            if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+                walk(child, file, path, outer)
+                continue
+            name = f"{outer}{child.name}"
+            first = min(n.lineno for n in (child, *child.decorator_list))
+            lines, head = range(first, child.end_lineno + 1), range(first, child.body[0].lineno)
+            calls = {called(n) for n in ast.walk(child) if isinstance(n, ast.Call)} - {""}
+            found.append(Function(file, path + name, name, child.name, lines, head, calls))
+            walk(child, file, path, f"{name}.")
 
     for file in FILES:
-        walk(ast.parse((ROOT / file).read_text(encoding="utf-8")), file, "")
+        module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        walk(ast.parse((ROOT / file).read_text(encoding="utf-8")), file, f".{module}.")
     return found
-
-
-def at(file: str, line: int) -> list[Function]:
-    """What this line stands in, the innermost last."""
-    return [f for f in functions() if f.file == file and line in f.lines]
 
 
 def around(mutant: mutants.Mutant) -> list[Function]:
     """What the bug stands in, the innermost last."""
-    return at(mutant.file, lines_of(mutant)[0])
+    line = lines_of(mutant)[0]
+    return [f for f in functions() if f.file == mutant.file and line in f.lines]
 
 
 def named(name: str) -> list[Function]:
     """The functions of that name: `crop`, `BasicBlock.forward`, `reference.nms`."""
-    found = []
-    for f in functions():
-        module = f.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        if f".{module}.{f.name}".endswith(f".{name}"):
-            found.append(f)
+    found = [f for f in functions() if f.path.endswith(f".{name}")]
     return [f for f in found if f.name == name] or found
-
-
-def last(f: Function) -> str:
-    """Its name without what it is in, as `Function.calls` has it."""
-    return f.name.rpartition(".")[2]
 
 
 def answer(mutant: mutants.Mutant, guess: str) -> str:
@@ -232,25 +216,25 @@ def answer(mutant: mutants.Mutant, guess: str) -> str:
             raise ValueError(f"--guess {guess}: expected a function's name, or FILE.py:LINE")
         if file != name and len(files) > 1:
             return f"Which {name}? {', '.join(files)}"
-        number, asked = int(line), at(file, int(line))[-1:]
+        number, same = int(line), file == mutant.file
+        asked = [f for f in functions() if f.file == file and number in f.lines][-1:]
         near = wanted[0] - 3 <= number <= wanted[-1] + 3
-        yes = file == mutant.file and (near or any(number in f.head for f in inside))
-        same = file == mutant.file
+        yes = same and (near or any(number in f.head for f in inside))
     else:
         asked = named(name)
         if not asked:
             return f"There is no function or class {name}"
-        if len({f.name for f in asked}) > 1:
-            return f"Which {name}? {', '.join(dict.fromkeys(f.name for f in asked))}"
+        if len(names := dict.fromkeys(f.name for f in asked)) > 1:
+            return f"Which {name}? {', '.join(names)}"
         yes = any(f in inside for f in asked)
         same = mutant.file in {f.file for f in asked}
     if yes:
         return "Yes, there. --tell has the rest"
     if any(f in inside for f in asked):
         where = "Near: it is in this function, but not in this line"
-    elif any(f.calls & set(map(last, inside)) for f in asked):
+    elif any(f.calls & {g.last for g in inside} for f in asked):
         where = "Near: this calls the function with the bug"
-    elif any(last(f) in inside[-1].calls for f in asked):
+    elif any(f.last in inside[-1].calls for f in asked):
         where = "Near: the function with the bug calls this"
     else:
         where = "In this file, but not there" if same else "Not there"
@@ -260,24 +244,17 @@ def answer(mutant: mutants.Mutant, guess: str) -> str:
 # ------------------------------------------------------------------------------ both runs
 
 
-def learn(repo: Path, out: Path, data: Path) -> None:
-    """Train in this copy of the repository, and draw what it detects."""
-    env = os.environ | {"SCRATCHDET_OPS": "reference", "OMP_NUM_THREADS": "1"}
-    env["PYTHONDONTWRITEBYTECODE"] = "1"
+def learn(repo: Path, out: Path, data: Path) -> str:
+    """Train in this copy of the repository, and draw what it detects; -> the error, if any."""
+    env = {"SCRATCHDET_OPS": "reference", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    how = {"cwd": repo, "env": os.environ | env, "capture_output": True, "text": True}
     flags = [*FLAGS, "--voc-root", data, "--classes", data.parent / "names.txt", "--out", out]
+    ends = []
     for command in (["train.py", *flags], ["-m", "experiments.bug", "--draw", out]):
-        command = [sys.executable, *map(str, command)]
-        said = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True)
+        said = subprocess.run([sys.executable, *map(str, command)], **how)
         if said.returncode != 0:
-            out.mkdir(parents=True, exist_ok=True)
-            words = [f"exit status {said.returncode}", *said.stderr.strip().splitlines()]
-            with open(out / "error.txt", "a") as file:
-                print(words[-1], file=file)
-
-
-def error_of(run: Path) -> str:
-    """With what a run ended that did not reach its end, or nothing."""
-    return (run / "error.txt").read_text().splitlines()[0] if (run / "error.txt").is_file() else ""
+            ends += [f"exit status {said.returncode}", *said.stderr.strip().splitlines()][-1:]
+    return ends[0] if ends else ""
 
 
 def draw(run: Path) -> None:
@@ -294,19 +271,14 @@ def draw(run: Path) -> None:
 
 
 def shown_from(run: Path, classes: Sequence[str]) -> np.ndarray:
-    """(C + 1,) scores: each class's threshold in the table of errors, .3 where there is no table.
-
-    The last is of label 0, which a right detector never has.
-    """
+    """(C + 1,) scores: each class's threshold in the table of errors, or .3; that of label 0."""
     results = run / "results.json"
     if not results.is_file():
         return np.full(len(classes) + 1, 0.3)
     return np.append(errors.thresholds(json.loads(results.read_text()), classes), 0.3)
 
 
-def picture(
-    record: Record, found: Detections, classes: Sequence[str], threshold: np.ndarray
-) -> Image.Image:
+def picture(record: Record, found: Detections, classes, threshold: np.ndarray) -> Image.Image:
     """Ground truth and the best detections of a picture, 600 pixels wide."""
     found = Detections(*(column[: errors.PER_IMAGE] for column in found))
     shown = np.flatnonzero(found.scores >= threshold[found.labels - 1])
@@ -332,7 +304,7 @@ def write_on(image: Image.Image, text: str, size: int, *, left: bool = False) ->
 
 
 def code_now() -> str:
-    """A hash of all that a run here runs: the Python on top, in plumbing/ and in ops/, and this."""
+    """A hash of all that a run here runs: FILES, the kinds of error, and this."""
     paths = [ROOT / file for file in (*FILES, "experiments/errors.py", "experiments/bug.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
@@ -355,25 +327,25 @@ def play(number: int, folder: Path) -> None:
             del runs[right]
         for out in runs:
             shutil.rmtree(out, ignore_errors=True)
-        tasks = [pool.submit(learn, where, out, data) for out, where in runs.items()]
+        tasks = {out: pool.submit(learn, where, out, data) for out, where in runs.items()}
         progress = Progress(len(tasks) * STEPS, "learning", unit="steps", every=15)
-        while not all(task.done() for task in tasks):
-            if (done := sum(map(steps, runs))) < progress.total:
+        while not all(task.done() for task in tasks.values()):
+            if (done := sum(map(steps, tasks))) < progress.total:
                 progress(done)
             time.sleep(0.5)
-    for task in tasks:
-        task.result()  # raises what `learn` raised
-    for out in runs:
-        if error_of(out):
-            print(f"{out.name} ended with {error_of(out)}")
-        elif out == right:
-            mark.write_text(code_now())
+    said = {out: task.result() for out, task in tasks.items()}  # raises what `learn` raised
+    ends = [f"{out.name} ended with {error}" for out, error in said.items() if error]
+    if said.get(right) == "":
+        mark.write_text(code_now())
+    for end in ends:
+        print(end)
     rows = compare(right, wrong)
     for name, *cells in [HEAD, *rows]:
         print(f"{name:28}{cells[0]:>10}{cells[1]:>14}{cells[2]:>16}")
     print(NOTE)
     if steps(wrong):
-        (folder / f"{number}.html").write_text(page(number, right, wrong, rows), encoding="utf-8")
+        html = page(number, right, wrong, rows, ends)
+        (folder / f"{number}.html").write_text(html, encoding="utf-8")
         print(f"{folder}/{number}.html: the same, with curves, detections and errors of both")
     print(f"Where is it? python -m experiments.bug {number} --guess FUNCTION (or FILE.py:LINE), "
           "--hint, --tell")  # fmt: skip
@@ -404,8 +376,7 @@ def symptoms(run: report.Run) -> dict[str, float | None]:
 
 def compare(right: Path, wrong: Path) -> list[tuple[str, str, str, str]]:
     """Rows: what is measured, without the bug, with it, and their ratio."""
-    runs = (right, wrong)
-    a, b = (symptoms(report.read_run(run)) if steps(run) >= 10 else {} for run in runs)
+    a, b = (symptoms(report.read_run(r)) if steps(r) >= 10 else {} for r in (right, wrong))
     rows = []
     for name in a or b:
         both = a.get(name), b.get(name)
@@ -415,22 +386,18 @@ def compare(right: Path, wrong: Path) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def page(number: int, right: Path, wrong: Path, rows: list[tuple]) -> str:
+def page(number: int, right: Path, wrong: Path, rows: list[tuple], ends: list[str]) -> str:
     """Both runs as one HTML page, which does not say what the bug is."""
     folders = [run for run in (right, wrong) if steps(run)]
     runs = [report.read_run(run) for run in folders]
     names = report.names(runs)
-    numbers = "".join(
-        f"<p>{escape(run.name)} ended with <b>{escape(error_of(run))}</b>, so nothing was measured."
-        "</p>" for run in folders if error_of(run)
-    )  # fmt: skip
+    numbers = "".join(f"<p><b>{escape(end)}</b>, so nothing was measured.</p>" for end in ends)
     numbers += report.table(HEAD, [[escape(cell) for cell in row] for row in rows])
     numbers += f"<p>{NOTE}; the table of errors below has AP50 in points, from 0 to 100.</p>"
-    seen = (
-        "<p>Ground truth green. Detections from each class's best threshold up, as the table "
+    seen = ("<p>Ground truth green. Detections from each class's best threshold up, as the table "
         "counts them; of a run that ended with an error those of a score of .3 or more. Of more "
-        f"than {BEST} in a picture the best {BEST} are drawn.</p>"
-    )
+        f"than {BEST} in a picture the best {BEST} are drawn, all with name and score.</p>"
+    )  # fmt: skip
     for i, run in enumerate(folders):
         pictures = "".join(
             f'<figure class="of run{i}"><img alt="{escape(run.name)}, picture {path.stem}" '
@@ -439,38 +406,28 @@ def page(number: int, right: Path, wrong: Path, rows: list[tuple]) -> str:
             for path in sorted((run / "seen").glob("*.jpg"))
         )
         seen += f'<div class="panels">{pictures}</div>'
-    sections = {
-        "Numbers": numbers,
-        "Detections": seen,
-        "Training": report.training(runs),
-        "Errors": report.errors(runs),
-        "Measures": report.results(runs),
-    }
+    sections = {"Numbers": numbers, "Detections": seen, "Training": report.training(runs),
+                "Errors": report.errors(runs), "Measures": report.results(runs)}  # fmt: skip
     return report.document(f"Bug {number}", sections, names)
 
 
 def write_figures(folder: Path, out: Path) -> None:
-    """Loss curves of all twelve (SVG), and what each detects in the first picture (JPEG).
-
-    A run that is not in `folder` is made first.
-    """
-    width, height, parts, pictures = 250, 180, [], []
-    names = ["right", *(f"bug-{n}" for n in range(1, len(BUGS) + 1))]
-    for number, name in enumerate(names):
-        if number and steps(folder / name) < STEPS:
+    """Loss curves (SVG) and first pictures (JPEG) of all, also of runs that are not made yet."""
+    width, height, parts, curves, pictures = 250, 180, [], [], []
+    for number in range(1, len(BUGS) + 1):
+        if steps(folder / f"bug-{number}") < STEPS:
             play(number, folder)
-    right, *wrong = (report.series(report.read_run(folder / n))["training loss"] for n in names)
-    for i, curve in enumerate(wrong):
-        x, y = i % 4 * width, i // 4 * (height + 20)
-        parts.append(figures.text(x + 52, y + 16, f"bug {i + 1}", weight="bold"))
-        lines = {0: right, 1: curve}
-        parts += figures.chart(lines, f"bug{i}", x, y + 16, width, height, log=True)
-    for name in names:
+    for i, name in enumerate(["right", *(f"bug-{n + 1}" for n in range(len(BUGS)))]):
         with Image.open(folder / name / "seen" / "1.jpg") as image:
             pictures.append(image.convert("RGB"))
         write_on(pictures[-1], name, 44, left=True)
-    rows = -(-len(BUGS) // 4)
-    (out / "bugs.svg").write_text(figures.page(4 * width, rows * (height + 20), parts))
+        curves.append(report.series(report.read_run(folder / name))["training loss"])
+        if i > 0:
+            x, y = (i - 1) % 4 * width, (i - 1) // 4 * (height + 20)
+            lines = {0: curves[0], 1: curves[i]}
+            parts.append(figures.text(x + 52, y + 16, f"bug {i}", weight="bold"))
+            parts += figures.chart(lines, f"bug{i}", x, y + 16, width, height, log=True)
+    (out / "bugs.svg").write_text(figures.page(4 * width, y + height + 20, parts))
     with tempfile.TemporaryDirectory() as scratch:
         save_sheet(Path(scratch, "bugs.png"), pictures, columns=5)
         (out / "bugs.jpg").write_bytes(report.shrunk(Path(scratch, "bugs.png"), 1000))
@@ -493,8 +450,7 @@ def tell(number: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("number", nargs="?", type=int, choices=range(1, len(BUGS) + 1))
-    parser.add_argument("--guess", metavar="WHERE",
-        help="a function (crop, BasicBlock.forward, reference.nms) or FILE.py:LINE")  # fmt: skip
+    parser.add_argument("--guess", metavar="WHERE", help="FUNCTION, CLASS.METHOD or FILE.py:LINE")
     parser.add_argument("--hint", action="store_true", help="where to look")
     parser.add_argument("--tell", action="store_true", help="the line, who had it, which test")
     parser.add_argument("--out", metavar="DIR", default="runs/bugs", help="of runs and pages")
