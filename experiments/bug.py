@@ -398,13 +398,13 @@ def page(number: int, right: Path, wrong: Path, rows: list[tuple], ends: list[st
         "counts them; of a run that ended with an error those of a score of .3 or more. Of more "
         f"than {BEST} in a picture the best {BEST} are drawn, all with name and score.</p>"
     )  # fmt: skip
-    for i, run in enumerate(folders):
+    for n in range(1, PICTURES + 1):  # both runs side by side
         pictures = "".join(
-            f'<figure class="of run{i}"><img alt="{escape(run.name)}, picture {path.stem}" '
+            f'<figure class="of run{i}"><img alt="{escape(run.name)}, picture {n}" '
             f'src="data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-            f"<figcaption>{names[i]}, picture {path.stem}</figcaption></figure>"
-            for path in sorted((run / "seen").glob("*.jpg"))
-        )
+            f"<figcaption>{names[i]}, picture {n}</figcaption></figure>"
+            for i, run in enumerate(folders) if (path := run / "seen" / f"{n}.jpg").is_file()
+        )  # fmt: skip
         seen += f'<div class="panels">{pictures}</div>'
     sections = {"Numbers": numbers, "Detections": seen, "Training": report.training(runs),
                 "Errors": report.errors(runs), "Measures": report.results(runs)}  # fmt: skip
