@@ -38,13 +38,13 @@ def printable(text: str, font) -> str:
 
 def draw_boxes(
     image: Image.Image, boxes_xyxy: np.ndarray, labels: np.ndarray, scores: np.ndarray | None,
-    classes: Sequence[str],
+    classes: Sequence[str], *, crowded: bool | None = None,
 ) -> Image.Image:  # fmt: skip
     """A copy of the picture with boxes in pixels, as RGB.
 
     Without scores (None) they are ground truth: green, with the name at the bottom. Detections are
-    orange, with name and score at the top. If there are many, or if most are too small for their
-    names, each class has a colour and a legend below the picture names it.
+    orange, with name and score at the top. If they are `crowded`, each class has a colour and a
+    legend below the picture names it; None: if they are many, or most too small for their names.
     """
     image = image.convert("RGB").copy()
     pen, size = ImageDraw.Draw(image), max(11, max(image.size) // 34)
@@ -54,10 +54,10 @@ def draw_boxes(
     classes = [printable(name, font) for name in classes]
     texts = [classes[label - 1] + ("" if truth else f" {scores[i]:.2f}")
              for i, label in enumerate(labels)]  # fmt: skip
-    widths = [pen.textlength(text, font=font) + 4 for text in texts]
-    crowded = len(labels) >= CROWD or sum(
-        w > 1.6 * (x1 - x0) for w, (x0, _, x1, _) in zip(widths, boxes_xyxy.tolist(), strict=True)
-    ) > len(labels) / 2  # fmt: skip
+    widths = np.array([pen.textlength(text, font=font) + 4 for text in texts])
+    if crowded is None:
+        narrow = widths > 1.6 * (boxes_xyxy[:, 2] - boxes_xyxy[:, 0])
+        crowded = len(labels) >= CROWD or narrow.sum() > len(labels) / 2
     legend = crowded and not truth
     for i in order:
         x0, y0, x1, y1 = boxes_xyxy[i].tolist()

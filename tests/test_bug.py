@@ -107,8 +107,10 @@ def test_neighbours_in_the_calls_are_near():
 
 def write_run(folder, *, loss=2.0, **results):
     folder.mkdir()
-    row = {"loss": loss, "loc": loss / 2, "conf": loss / 2, "positives": 40.0}
-    (folder / "log.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
+    (folder / "run.json").write_text("{}")
+    row = {"step": 0, "loss": loss, "loc": loss / 2, "conf": loss / 2, "positives": 40.0}
+    other = row | {"positives": 37.0}
+    (folder / "log.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n" * 6)
     if results:
         (folder / "results.json").write_text(json.dumps(results))
 
@@ -117,11 +119,18 @@ def test_the_first_step_and_the_ratio_are_shown(tmp_path):
     right, wrong = tmp_path / "right", tmp_path / "bug-1"
     write_run(right, mAP_11point=0.5, by_size={"small": {"mAP_11point": None}})
     write_run(wrong, loss=84.0)
+    kinds = {"missed": {"cost": 15.3}}  # in points, as errors.py counts
+    found = {"objects": 19, "found": 15, "shown": 15, "right": 15, "kinds": kinds}
+    (wrong / "errors.json").write_text(json.dumps(found))
+    (right / "errors.json").write_text(json.dumps(found | {"kinds": {"missed": {"cost": 0}}}))
     rows = {name: cells for name, *cells in bug.compare(right, wrong)}
     assert rows["loss, step 1"] == ["2", "84", "42"]
-    assert rows["positives per image"] == ["40", "40", "1"]
+    assert rows["positives per image"] == ["38.5", "38.5", "1"]
+    assert rows["positives, lowest step"] == ["37", "37", "1"]
+    assert rows["positives, highest step"] == ["40", "40", "1"]
     assert rows["mAP"] == ["0.5", "-", "-"]
     assert rows["mAP, small objects"] == ["-", "-", "-"]
+    assert rows["AP50 lost to missed"] == ["0", "0.153", "-"]  # in mAP's unit
 
 
 def test_the_pictures_show_what_the_table_counts(tmp_path):
@@ -143,7 +152,13 @@ def test_of_a_crowd_the_best_ten_are_drawn(tmp_path, monkeypatch, many, words):
     found = Detections(np.tile([5.0, 5, 30, 30], (many + 3, 1)), scores, np.zeros(many + 3, int))
     threshold = np.array([0.9, (scores[many - 1] + scores[many]) / 2])  # of a, of label 0
     drawn, written = [], []
-    monkeypatch.setattr(bug, "draw_boxes", lambda image, *rest: drawn.append(rest) or image)
+
+    def draw(image, *rest, crowded):
+        assert not crowded  # names and scores in the pictures of both runs, no legend
+        drawn.append(rest)
+        return image
+
+    monkeypatch.setattr(bug, "draw_boxes", draw)
     monkeypatch.setattr(bug, "write_on", lambda image, text, size: written.append(text))
     bug.picture(record, found, ("a",), threshold)
     (_, _, truth, _), (boxes, labels, best, names) = drawn

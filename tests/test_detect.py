@@ -85,6 +85,9 @@ def test_a_crowd_gets_colours_and_a_legend_instead_of_names():
     assert all((strip == colour).all(axis=-1).any() for colour in colours)
     truth = np.array(pictures.draw_boxes(image, boxes, labels, None, ("RBC", "WBC")))
     assert truth.shape == (200, 300, 3)
+    named = pictures.draw_boxes(image, boxes, labels, np.full(20, 0.9), ("RBC", "WBC"),
+                                crowded=False)  # fmt: skip
+    assert named.size == image.size  # names and scores where a caller wants them, and no strip
 
 
 def test_class_colours_differ():
