@@ -101,7 +101,7 @@ def test_neighbours_in_the_calls_are_near():
     assert bug.answer(mutant, "assign_targets").startswith("Near: this calls the function")
     assert bug.answer(mutant, "pairwise_iou").startswith("Near: the function with the bug calls")
     assert bug.answer(mutant, "flip") == "Not there. --hint helps"
-    line = next(f for f in bug.around(mutant) if f.name == "match").lines[0]
+    line = next(f for f in bug.around(mutant) if f.name == "match").lines[20]
     assert bug.answer(mutant, f"reference.py:{line}").startswith("Near: it is in this function")
 
 
