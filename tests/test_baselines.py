@@ -137,6 +137,7 @@ def test_bn_is_everywhere_or_nowhere(name):
         assert not any(c.bias is not None for c in convs) or bn == "none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", baselines.BODIES)
 def test_a_training_step_reaches_every_weight(name, rng):
     torch.manual_seed(0)

@@ -76,6 +76,7 @@ def test_frozen_numbers_of_tidecv(seed):
     assert [*errors.counts(verdicts).values()] == EXPECTED[seed][1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ORACLES, reason="needs SCRATCHDET_ORACLES, the folder with voc07-test/")
 def test_real_detections_as_tidecv_counts_them():
     """Tiny YOLO on VOC2007 test; the numbers are tidecv 1.0.1's."""

@@ -483,6 +483,7 @@ for flag, root in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.slow
 def test_any_locale_reads_the_same(tmp_path):
     """In the locale C Python reads file names as bytes; what files say is UTF-8 all the same."""
     voc, coco, yolo = (tmp_path / name for name in ("voc", "coco", "yolo"))
@@ -562,6 +563,7 @@ def test_results_never_replace_a_picture_of_the_data(tmp_path):
     assert image.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_drawn_film_never_replaces_the_film_or_the_weights(tmp_path):
     for name in ("film.mjpeg", "my.pt"):
         (tmp_path / name).write_bytes(b"mine")

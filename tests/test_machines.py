@@ -493,6 +493,7 @@ def test_no_console_at_all(run, tmp_path, monkeypatch):
     assert "mAP" in json.loads((tmp_path / "a.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_film_from_a_closed_input(tmp_path):
     """`detect.py - <&-`: Python has None for it."""
     words = "exec 0<&-; exec " + " ".join([sys.executable, str(ROOT / "detect.py"), "-"])

@@ -100,6 +100,7 @@ def test_a_file_system_without_links_keeps_the_previous_checkpoint(tmp_path, mon
     assert steps == [1, 2]
 
 
+@pytest.mark.slow
 def test_flipped_bits_in_a_checkpoint_are_found(tmp_path, monkeypatch, capsys):
     """One bit anywhere: refused, or without effect (padding between the tensors)."""
     path, rng, refused, harmless = tmp_path / "last.pt", np.random.default_rng(0), 0, 0

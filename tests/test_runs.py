@@ -157,6 +157,7 @@ class Dropping(nn.Module):
         return [nn.functional.dropout(m, 0.3, self.training) for m in self.body(x)]
 
 
+@pytest.mark.slow
 def test_a_network_with_dropout_resumes_bit_for_bit(shapes_root, tmp_path, monkeypatch):
     body = scratchdet.BODIES["resnet18"]
     monkeypatch.setitem(scratchdet.BODIES, "resnet18", lambda config: Dropping(body(config)))
@@ -269,6 +270,7 @@ def test_the_programs_on_a_gpu(shapes_root, tmp_path, capsys):
     assert re.search(r"mAP 0\.", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_full_width_root_resnet34_trains_a_step_at_batch_2(shapes_root, capsys):
     """The one full-width step of this tier. Prints the CPU time it took."""
     torch.manual_seed(0)
