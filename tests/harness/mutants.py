@@ -13,6 +13,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -510,4 +511,7 @@ def main(word: str = "") -> bool:
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     os.environ.pop("SCRATCHDET_DATA", None)  # real data would only take longer
-    sys.exit(0 if main(*sys.argv[1:]) else 1)
+    with tempfile.TemporaryDirectory() as objects:
+        once = (sys.executable, Path(__file__).with_name("compile_once.py"), objects)
+        os.environ["CXX"] = f"{shlex.join(map(str, once))} {os.environ.get('CXX', 'c++')}"
+        sys.exit(0 if main(*sys.argv[1:]) else 1)
