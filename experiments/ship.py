@@ -33,8 +33,7 @@ FIRST = 200  # images of a measurement that a test can repeat in seconds
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "
     "of them.",
-    "Small objects are mostly missed: pictures are resized to 300x300, and small is a side of less "
-    "than 32 pixels there.",
+    "Small objects are mostly missed: those of less than 32 pixels in a picture of 300x300.",
     "Its photographs are snapshots, most of them by day, and it was tested on no others.",
     "It is made to teach and to start from, not to decide anything about people.",
 )

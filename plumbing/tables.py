@@ -43,7 +43,7 @@ def results_text(result: dict) -> str:
     for name, row in result["per_class"].items():
         lines.append(f"{name:{width}}" + "".join(cell(row[c]) for c in columns))
     lines.append(f"{'mean':{width}}{cell(result['mAP_11point'])}{cell(result['mAP_area'])}")
-    lines.append("by size: side of the object in the network's 300x300 image")
+    lines.append("by size: side of the object in a 300x300 image")
     for text, row in sizes.items():
         lines.append(f"{text:{width}}{cell(row['mAP_11point'])}{cell(row['mAP_area'])}")
     if "coco" in result:

@@ -111,6 +111,12 @@ def test_priors_are_as_large_a_part_of_a_small_image():
     assert torch.allclose(small[-4:, 2:], whole[-8:-4, 2:])  # the fifth map's
 
 
+def test_the_recipes_sizes_grow_with_the_size_of_the_input():
+    argv = ["--recipe", "shapes", "--size", "600"]
+    assert train.parse_args(argv).sizes == ((320, 0.3), (448, 0.6), (600, 1.0))
+    assert train.parse_args(argv[:2]).sizes == ((160, 0.3), (224, 0.6), (300, 1.0))
+
+
 def test_priors_grow_with_the_size_of_the_input():
     small, large = (Config(size=size) for size in (300, 600))
     maps = [(38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)]
