@@ -1,4 +1,6 @@
-"""A compiler that remembers: CXX="python tests/harness/compile_once.py FOLDER c++" for builds of many copies.
+"""A compiler that remembers, for builds of many copies of the repository.
+
+    CXX="python tests/harness/compile_once.py FOLDER c++"
 
 A mutant changes one file of a copy of the repository, and all other files need not be compiled
 anew. An object is taken from FOLDER if its source, the headers beside the kernels and the flags
