@@ -114,10 +114,10 @@ def page(card: dict, name: str) -> str:
         f"| network | {config}; {card['bytes'] / 1e6:.1f} MB, convolutions in fp16 |",
         f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images |",
         *(
-            f"| first | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours |"
-            for p in card.get("before", [])
+            f"| run {n} | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours |"
+            for n, p in enumerate(card.get("before", []), start=1)
         ),
-        f"| command{', from its weights (--init)' * bool(card.get('before'))} | "
+        f"| command{', each from the weights before (--init)' * bool(card.get('before'))} | "
         f"`{card['command']}` |",
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
         f"| cost | {card['cpu_hours']:.2f} CPU hours on {card['machine']} |",
