@@ -462,9 +462,13 @@ def test_onnx_equals_ours_on_50_pictures(tmp_path, capsys):
     assert different <= total // 200  # rounding may decide an IoU the other way
 
 
+ONE_OF_EACH_KIND = ["root-resnet18", "vgg16", "root-resnet50", "root-resnet18-preact"]
+ONE_OF_EACH_KIND += ["root-resnet34-caffe-compat", "scratchdet512", "dsod300", "ssd321"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", list(scratchdet.BODIES))
-def test_every_network_becomes_onnx(backbone, tmp_path):
+@pytest.mark.parametrize("backbone", ONE_OF_EACH_KIND)
+def test_every_kind_of_network_becomes_onnx(backbone, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     own = {"scratchdet512": (512, "coco512"), "ssd321": (321, "voc")}
