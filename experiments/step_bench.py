@@ -24,7 +24,7 @@ import torch
 
 import data
 import train
-from plumbing import machine, plan
+from plumbing import machine, plan, sources
 from plumbing.network import count_macs
 from plumbing.program import run_program
 
@@ -130,13 +130,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     machine.keep_large_tensors()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    records, _, classes, _ = train.read_data(args, None)
+    records, _, classes, _ = sources.read_data(args)
     model = train.make_model(args, classes, None, say).to(device)
     model = model.to(memory_format=torch.channels_last).train()
     args.bf16 = machine.has_bf16(device) if args.bf16 is None else args.bf16
-    optimizer = torch.optim.SGD(
-        train.parameter_groups(model), lr=args.lr, momentum=train.MOMENTUM, fused=True
-    )
+    optimizer = train.make_optimizer(model, args)
     network = train.wrap(model, args, world)
     batches = data.batches(
         records, model.config.size, batch_size=micro, seed=args.seed, augment=args.augment,

@@ -1,10 +1,11 @@
-"""experiments/peer_run.py: the rival sees the same pixels and boxes."""
+"""The benches that need no rival installed: peer_run's inputs, and step_bench, run once."""
 
 import pytest
 import torch
 
 import data
-from experiments import peer_run
+from experiments import peer_run, step_bench
+from runs import run_flags
 
 
 def test_peer_sees_the_same_pixels_and_boxes():
@@ -24,3 +25,9 @@ def test_peer_sees_the_same_pixels_and_boxes():
     assert empty["boxes"].shape == (0, 4)
     assert two["labels"].tolist() == [3, 7]
     assert two["boxes"][0].tolist() == [0, 0, 150, 300]
+
+
+def test_the_parts_of_a_step_are_timed(shapes_root, tmp_path, capsys):
+    step_bench.main(run_flags(shapes_root, tmp_path))
+    said = capsys.readouterr().out
+    assert all(part in said for part in step_bench.PARTS)
