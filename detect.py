@@ -68,7 +68,7 @@ class Detector:
         """
         if isinstance(images, (list, tuple)):  # one by one: they may differ in size
             return [self(image) for image in images]
-        image = upright(images) if isinstance(images, Image.Image) else as_rgb(images)
+        image = upright(images) if isinstance(images, Image.Image) else images
         boxes, scores, labels = detect_image(self.model, image)
         good = scores >= self.min_score
         # label 0 is background, so label 1 is the first class

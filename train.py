@@ -54,7 +54,7 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # after 12,000 images the mAP was twice that with drops (docs/results.md). They also raise it slowly
 # at first. Behind BatchNorm the length of a weight vector changes nothing but the size of its
 # steps: steps that are large early on make the vector long, and all later ones turn it less.
-# `A | B`: the settings of A, then those of B, and what both name is B's.
+# `A | B`: the settings of A and of B; where both have one, B's counts.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -359,8 +359,8 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
 def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple[dict, list]:
     """Evaluates the model: results, with the CPU minutes of all ranks so far, and detections."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
-    who = {"workers": args.workers, "rank": rank, "world": world}
-    results, found = evaluation.evaluate(model, test, metric=metric, **who)
+    how = {"workers": args.workers, "rank": rank, "world": world}
+    results, found = evaluation.evaluate(model, test, metric=metric, **how)
     seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
     if world > 1:
         dist.all_reduce(seconds)
@@ -428,7 +428,6 @@ def train_steps(
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
-    first = checkpoint["step"] if checkpoint else 0  # a resumed run goes on from here
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None
@@ -467,7 +466,7 @@ def main(argv: list[str] | None = None) -> dict:
         args.iterations = max(1, int(args.minutes * 60 / seconds))
     say(plan.plan(args, len(train), seconds, *costs, device))
     log = run_folder.RunLog(args, about, checkpoint, train, every=1 if device.type == "cpu" else 20)
-    batches = stream(first, micro)
+    batches = stream(log.first, micro)  # 0, or the step of the checkpoint
 
     def save(step: int) -> None:
         if lead:

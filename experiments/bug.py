@@ -252,7 +252,7 @@ def learn(repo: Path, out: Path, data: Path) -> str:
     ends = []
     for command in (["train.py", *flags], ["-m", "experiments.bug", "--draw", out]):
         said = subprocess.run([sys.executable, *map(str, command)], **how)
-        if said.returncode != 0:
+        if said.returncode != 0:  # the last line that it printed, if it printed one
             ends += [f"exit status {said.returncode}", *said.stderr.strip().splitlines()][-1:]
     return ends[0] if ends else ""
 

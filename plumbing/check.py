@@ -85,27 +85,27 @@ def decode_all(
         except BadData as error:
             return error
 
-    progress, faults = Progress(len(records), "decoding"), []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:  # Pillow releases Python's lock
-        for error in pool.map(fault, records):
-            faults.append(error)
+    return for_all(records, fault, "decoding", workers, silent=silent)
+
+
+def for_all(
+    records: list[Record], call: Callable, what: str, workers: int | None = None, *, silent=False
+) -> list:
+    """What `call` returns for each record, on several threads: Pillow releases Python's lock."""
+    progress, results = Progress(len(records), what), []
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for result in pool.map(call, records):
+            results.append(result)
             if not silent:
-                progress(len(faults))
-    return faults
+                progress(len(results))
+    return results
 
 
 def check_headers(records: list[Record]) -> None:
     """BadData where an image is no image, or of another size than its annotation says: before the
     first step, since such an image would end a run in its middle. Nothing is decoded: 0.1 ms each.
     """
-
-    def open_and_close(record: Record) -> None:
-        open_record(record).close()
-
-    progress = Progress(len(records), "opening")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for n, _ in enumerate(pool.map(open_and_close, records), start=1):
-            progress(n)
+    for_all(records, lambda record: open_record(record).close(), "opening")
 
 
 def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:

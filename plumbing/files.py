@@ -35,6 +35,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from plumbing.run_folder import FILES
+
 # All that Pillow reads, except formats that start another program (EPS), that photographs never
 # have, or that Pillow recognises by guessing. Some builds of Pillow lack some of these.
 Image.init()
@@ -212,9 +214,8 @@ def stays_inside(name: str) -> bool:
 
 def of_a_run(path: Path) -> bool:
     """Whether train.py wrote this into the folder of a run (--out), which may be among the data."""
-    names = "detections left_out.txt run.json results.json errors.json nonfinite.json".split()
-    ours = (path.with_name(name).is_file() for name in ("run.json", "log.jsonl"))
-    return path.name in names and all(ours)
+    beside = (path.with_name(name).is_file() for name in ("run.json", "log.jsonl"))
+    return path.name in (*FILES, "detections") and all(beside)
 
 
 def one_form(name: str) -> str:

@@ -29,9 +29,9 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
     for field in fields(config):
         if field.default is None:  # such a field may hold anything: the network checks it
             continue
-        kind = {float: (int, float)}.get(type(field.default))
-        right = isinstance(getattr(config, field.name), kind or type(field.default))
-        expect(right, field.name, f"a {type(field.default).__name__}, as {field.default!r} is")
+        kind = type(field.default)
+        right = isinstance(getattr(config, field.name), (int, float) if kind is float else kind)
+        expect(right, field.name, f"a {kind.__name__}, as {field.default!r} is")
     for name, allowed in (
         ("backbone", bodies),
         ("bn", ("all", "backbone", "head", "none")),

@@ -70,7 +70,7 @@ def hold(out: Path) -> None:
     The lock (POSIX) is not inherited by loader processes, and ends with the process. Without locks
     (Windows, some network file systems) two runs in one folder are the user's affair.
     """
-    release(out)
+    release(out)  # a forked process has inherited the file, but not the lock
     if fcntl is None:
         return
     try:
@@ -86,6 +86,7 @@ def hold(out: Path) -> None:
 
 
 def release(out: Path) -> None:
+    """Ends the lock of `hold`, if this process has it."""
     if out in LOCKS:
         LOCKS.pop(out).close()
 
@@ -127,7 +128,7 @@ def is_ours(path: Path) -> bool:
     """Whether a run of this program wrote this file or folder."""
     if path.name == "detections" and path.is_dir():
         return all(re.fullmatch(r"\d{7}\.png", p.name) for p in path.iterdir())
-    return path.name in (*FILES, "run.lock") and path.is_file()
+    return path.name in (*FILES, "run.lock") and path.is_file()  # the lock alone is no run
 
 
 def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:

@@ -17,13 +17,15 @@ from pathlib import Path
 
 
 def key_of(words: list[str], source: Path) -> str:
+    """A hash of all that the object depends on. `words` are the compiler's call."""
     text = source.read_text()
     emulated = re.fullmatch(r'#include "(.+)"\n', text)  # all that jit.py writes for a .cu
     text = Path(emulated[1]).read_text() if emulated else text
     folders = [Path(word[2:]) for word in words if word.startswith("-I")]
     headers = [h.read_text() for f in folders if f.name == "ops" for h in sorted(f.glob("*.h"))]
-    flags = [word for word in words if "/" not in word and "EXTENSION_NAME" not in word]
-    flags = [word for word in flags if Path(word).suffix not in (".o", ".d", ".cpp")]
+    # what differs from copy to copy: folders, names of files, and torch's name for the library
+    other = re.compile(r"/|EXTENSION_NAME|\.(o|d|cpp)$")
+    flags = [word for word in words if not other.search(word)]
     return hashlib.sha256("\0".join([source.name, text, *headers, *flags]).encode()).hexdigest()
 
 
