@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,20 +25,142 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from eval import MULTI_SCALE, ONE_SCALE, detect_image, load_and_describe
+from experiments import baselines  # noqa: F401  the rivals' networks
 from metrics import Detections
+from ops.reference import normalise
 from plumbing import machine
 from plumbing.export import check_ending, export
-from plumbing.files import SUFFIXES, open_image
+from plumbing.files import open_image
 from plumbing.frames import split_jpegs
-from plumbing.pictures import as_rgb, draw_boxes, drawing_folder, upright
+from plumbing.pictures import (
+    as_rgb,
+    draw_boxes,
+    drawing_folder,
+    find_pictures,
+    names_to_draw,
+    upright,
+)
 from plumbing.program import Help, check_file, check_range, run_program
-from scratchdet import load_detector
+from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 ROOT = Path(__file__).resolve().parent
 DEFAULTS = (ROOT / "weights/photos.pt", ROOT / "runs/shapes/last.pt")  # the first that is there
 MIN_SCORE = 0.3  # where neither the user nor the checkpoint says what counts as found
+
+
+def to_pixels(
+    boxes: Tensor, scores: Tensor, labels: Tensor, count: Tensor, sizes: list[tuple[int, int]]
+) -> list[Detections]:
+    """What `detect` returns, and the images' sizes [(w, h)] -> one `Detections` per image.
+
+    Boxes are clipped to the image, as Caffe SSD does when it writes results.
+    """
+    boxes, scores, labels = (x.cpu().numpy() for x in (boxes, scores, labels))
+    found = []
+    # The first `count` rows of an image are detections, the rest is padding up to D = 200.
+    for n, (k, (w, h)) in enumerate(zip(count.tolist(), sizes, strict=True)):
+        scale = np.array([w, h, w, h], np.float32)
+        xyxy = boxes[n, :k].clip(0, 1) * scale  # (D, 4)
+        found.append(Detections(xyxy, scores[n, :k].copy(), labels[n, :k].copy()))
+    return found
+
+
+# ------------------------------------------------------------------------------ multi-scale testing
+
+# The paper does not describe its multi-scale test; this is RefineDet320's (same authors), rescaled.
+# Each row is a pass: (side of the input / config.size, short side / long side of the input, a, b).
+# It keeps boxes with long side > a and short side < b, in pixels of the image: large inputs find
+# small objects, small inputs large ones. Each pass also runs on the mirrored image.
+ONE_SCALE = ((1.0, 1.0, 0, np.inf),)
+MULTI_SCALE = (
+    *ONE_SCALE,
+    (1.0, 0.6, 0, np.inf),
+    (0.6, 1.0, 32, np.inf),
+    (1.2, 1.0, 0, 160),
+    (1.4, 1.0, 0, 128),
+    (1.6, 1.0, 0, 96),
+    (1.8, 1.0, 0, 64),
+    (2.2, 1.0, 0, 32),
+)
+# RefineDet adds this pass on COCO: "more scales make coco get better performance".
+COCO_MULTI_SCALE = (*MULTI_SCALE, (2.0, 1.0, 0, 48))
+
+
+def vote_boxes(
+    found: Detections, *, soft: bool = False, iou_threshold: float = 0.45, min_score: float = 0.01
+) -> Detections:
+    """Box voting (Gidaris and Komodakis 2015): overlapping detections of a class become their mean.
+
+    As in NMS, the best detection of a class absorbs all that overlap it with IoU >= iou_threshold
+    (sides are one pixel longer, as in VOC's rules). It keeps its score; its box becomes the mean of
+    all of theirs, weighted by score. With `soft` (for COCO) the absorbed ones also stay as they
+    are, with their score times 1 - IoU, where that is still min_score or more.
+    -> all of them, as in RefineDet, the best first.
+    """
+    rows = [np.empty((0, 6))]
+    for label in np.unique(found.labels):
+        mine = found.labels == label
+        boxes, scores = found.boxes_xyxy[mine].astype(float), found.scores[mine].astype(float)
+        order = np.argsort(-scores, kind="stable")
+        boxes, scores = boxes[order], scores[order]
+        area = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, axis=1)
+        while len(scores):  # row 0 is the best of those that are left
+            corners = np.minimum(boxes[0, 2:], boxes[:, 2:]) - np.maximum(
+                boxes[0, :2], boxes[:, :2]
+            )
+            inter = np.prod((corners + 1).clip(0), axis=1)
+            iou = inter / (area[0] + area - inter)
+            near = iou >= iou_threshold
+            near[0] = True  # itself, whatever rounding says
+            box = np.average(boxes[near], axis=0, weights=scores[near])
+            rows.append(np.array([[*box, scores[0], label]]))
+            if soft:
+                softer = scores * (1 - iou)
+                again = near & (softer >= min_score)
+                rows.append(np.c_[boxes[again], softer[again], np.full(again.sum(), label)])
+            boxes, scores, area = boxes[~near], scores[~near], area[~near]
+    rows = np.concatenate(rows)
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")]
+    return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+
+
+@torch.no_grad()
+def detect_image(
+    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
+) -> Detections:
+    """`Detections` in a picture of any size, over several passes joined by `vote_boxes`.
+
+    A single pass is not mirrored, and needs no voting. In the other passes the priors keep their
+    sides in pixels while the input changes its size. A small input has fewer than six maps.
+    """
+    image = as_rgb(image)
+    config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
+    several, parts = len(passes) > 1, []
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
+    for scale, aspect, longer, shorter in passes:
+        # The priors keep their size in pixels, so in a larger input they fit smaller objects.
+        side = round(config.size * scale)
+        sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
+        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
+        x = normalise(x.to(device), config.mean, config.std, config.channels)
+        x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
+        maps = model.features(x)
+        priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
+        loc, logits = model.head(maps)
+        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
+        for mirrored, (xyxy, scores, labels) in enumerate(found):
+            if mirrored:  # back into the picture that is not mirrored
+                xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
+            sizes = xyxy[:, 2:] - xyxy[:, :2] + 1  # (D, 2): VOC counts both edges
+            keep = (sizes.max(axis=1) > longer) & (sizes.min(axis=1) < shorter)
+            parts.append(Detections(xyxy[keep], scores[keep], labels[keep]))
+    joined = Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return vote_boxes(joined, soft=soft) if several else joined
+
+
+# ------------------------------------------------------------------------------ from Python
 
 
 class Found(NamedTuple):
@@ -83,41 +204,6 @@ def threshold(checkpoint: dict) -> float:
     the checkpoint was never evaluated.
     """
     return (checkpoint.get("results") or {}).get("threshold") or MIN_SCORE
-
-
-def find_pictures(names: list[str]) -> list[Path]:
-    """The pictures named, and those inside the folders named, without hidden files."""
-    pictures = []
-    for name in names:
-        path = Path(name)
-        if not path.exists():
-            raise ValueError(f"{name}: no such picture or folder")
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        # Only a folder is filtered by suffix: whoever names a file means it.
-        inside = [p for p in inside if not p.name.startswith(".") or not path.is_dir()]
-        some = [p for p in inside if p.suffix.lower() in SUFFIXES or not path.is_dir()]
-        if not some:
-            raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
-        others = Counter(p.suffix for p in set(inside) - set(some) if p.is_file())
-        if others:
-            what = f"{others.total()} files left out, which are no pictures by their suffix"
-            print(f"{name}: {what}: {' '.join(sorted(others))}", file=sys.stderr)
-        pictures += some
-    return pictures
-
-
-def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
-    """A file name for each drawn picture, all different: its own, where several have it with the
-    folders above. A suffix that Pillow does not know becomes .jpg."""
-    own, names, used = Counter(path.name for path in pictures), {}, set()
-    for path in dict.fromkeys(pictures):
-        parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]
-        while (name := "_".join(all_parts[-parts:])) in used and parts < len(all_parts):
-            parts += 1
-        known = path.suffix.lower() in Image.registered_extensions()
-        names[path] = name if known else f"{name}.jpg"
-        used |= {name, names[path]}
-    return names
 
 
 def as_json(name: str, image: Image.Image, found: Detections, classes: tuple[str, ...]) -> dict:
@@ -219,6 +305,19 @@ def detect_film(model, args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 1 if failed else 0
+
+
+def load_and_describe(args: argparse.Namespace) -> tuple[ScratchDet, dict]:
+    """Loads args.checkpoint onto args.device and prints what it is -> (model, checkpoint)."""
+    model, checkpoint = load_detector(args.checkpoint, args.device)
+    if args.device != "cpu":  # the inputs are channels_last: else cuDNN transposes every weight
+        model.to(memory_format=torch.channels_last)
+    print(
+        f"{args.checkpoint}: {model.config.backbone}, {len(model.config.classes)} classes, step "
+        f"{checkpoint.get('step')}, commit {checkpoint.get('commit')}; on "
+        f"{machine.hardware(args.device)}"
+    )
+    return model, checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy import ndarray as Array
 
+from plumbing.tables import as_plain_data
+
 if TYPE_CHECKING:
     from plumbing.files import Record
 
@@ -289,9 +291,9 @@ def voc_ap(
     `iou_threshold` and no detection of higher score has found the object; if the object is
     difficult, it does not count; else it is wrong. Equal scores count in the order of the images.
 
-    -> "ap11", "area" (C,), NaN for a class without an object that counts; "curves", for each class
-    (recall, precision) at its true positives; "f1" of `voc_f1`; "by_size", for each of `SIZES` the
-    means of "ap11" and "area" over objects whose side is such to a 300x300 network.
+    -> "ap11", "area" (C,), NaN for a class without an object that counts; "mAP", the means of both;
+    "by_size", the same means for each of `SIZES`, over objects whose side is such to a 300x300
+    network; "curves", for each class (recall, precision) at its true positives; "f1" of `voc_f1`.
     ValueError for lists that do not belong together.
     """
     matches = voc_match(records, detections, num_classes, iou_threshold)
@@ -300,8 +302,10 @@ def voc_ap(
     for name, sides in SIZES.items():
         both = voc_average(matches, voc_outcome(matches, *sides))[:2]
         by_size[name] = [mean(ap) for ap in both]
-    f1 = voc_f1(matches)
-    return {"ap11": eleven, "area": area, "curves": curves, "f1": f1, "by_size": by_size}
+    return {
+        "ap11": eleven, "area": area, "mAP": [mean(eleven), mean(area)], "by_size": by_size,
+        "curves": curves, "f1": voc_f1(matches),
+    }  # fmt: skip
 
 
 def voc_f1(matches: VocMatches) -> Array:
@@ -319,12 +323,6 @@ def voc_f1(matches: VocMatches) -> Array:
         if objects[c]:
             f1[c] = 2 * right / (right + wrong + objects[c])
     return f1
-
-
-def best_threshold(f1: Array) -> float | None:
-    """The middle of the thresholds at which F1 (101,) is best; None where it is 0 or NaN."""
-    best = np.flatnonzero(f1 == f1.max())
-    return float(THRESHOLDS[best[len(best) // 2]]) if f1.max() > 0 else None
 
 
 # ----------------------------------------------------------- COCO: a second reading, if ever
@@ -459,41 +457,11 @@ def summarise(
     """All numbers of one evaluation as plain data, None where there is nothing to measure.
 
     metric "voc07": "mAP" is the 11-point one; "voc": the area; "coco": COCO's AP.
-    "threshold" is the score whose detections have the best F1, as a mean over the classes.
     """
-
-    def plain(x):
-        return None if np.isnan(x) else float(x)
-
-    def both(eleven, area, kind):
-        return {f"{kind}_11point": plain(eleven), f"{kind}_area": plain(area)}
-
     voc = voc_ap(records, detections, len(classes))
-    means, by_size = both(mean(voc["ap11"]), mean(voc["area"]), "mAP"), {}
-    for name, (low, high) in SIZES.items():  # sides in the network's image, as text
-        by_size[name] = both(*voc["by_size"][name], "mAP") | {"sides": f"{low} to {min(high, 300)}"}
-    per_class, curves = {}, {}
-    for c, name in enumerate(classes):
-        per_class[name] = both(voc["ap11"][c], voc["area"][c], "ap")
-        f1, (recall, precision) = voc["f1"][c], voc["curves"][c]
-        per_class[name] |= {"threshold": best_threshold(f1), "f1": plain(f1.max())}
-        some = np.unique(np.linspace(0, max(0, len(recall) - 1), 200).astype(int))[: len(recall)]
-        curves[name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
-    result = {
-        "mAP": means["mAP_11point" if metric == "voc07" else "mAP_area"],
-        "metric": metric,
-        **means,
-        "per_class": per_class,
-        "by_size": by_size,
-        "images": len(records),
-        "objects": int(sum((~r.difficult).sum() for r in records)),
-        "detections": int(sum(len(d.scores) for d in detections)),
-        "threshold": best_threshold(np.nansum(voc["f1"], axis=0)),
-        "curves": curves,
-    }
-    if metric == "coco":
-        coco = coco_ap(records, detections, len(classes))
-        result |= {"coco": {name: coco[name] for name in COCO_NAMES}, "mAP": coco["AP"]}
-        for name, ap in zip(classes, coco["per_class"], strict=True):
-            per_class[name]["ap_coco"] = plain(ap)
+    coco = coco_ap(records, detections, len(classes)) if metric == "coco" else {}
+    result = as_plain_data(voc, coco, classes, metric, SIZES)
+    result["images"] = len(records)
+    result["objects"] = int(sum((~r.difficult).sum() for r in records))
+    result["detections"] = int(sum(len(d.scores) for d in detections))
     return result

@@ -38,9 +38,14 @@ from torch import Tensor, nn
 import ops
 from ops.reference import VARIANCES
 from plumbing.checkpoint import of_this_code, read_checkpoint
-from plumbing.network import check_config, check_maps, check_priors, ignored_options
+from plumbing.network import (
+    check_config,
+    check_maps,
+    check_priors,
+    ignored_options,
+    network_table,
+)
 from plumbing.program import Help, SetFields
-from plumbing.tables import network_table
 from plumbing.voc import VOC_CLASSES
 
 # Priors, one row per map: smallest and largest side in percent of the image, distance between two

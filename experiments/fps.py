@@ -11,6 +11,7 @@ import torch
 
 import data
 import eval as evaluation
+from detect import load_and_describe
 from plumbing.files import Record
 from plumbing.program import run_program
 from plumbing.sources import open_test_set
@@ -44,7 +45,7 @@ def frames_per_second(model: ScratchDet, records: list[Record], batch_size: int)
 
 def main(argv: list[str] | None = None) -> None:
     args = evaluation.parse_args(argv)
-    model, checkpoint = evaluation.load_and_describe(args)
+    model, checkpoint = load_and_describe(args)
     torch.backends.cudnn.benchmark = True
     records = open_test_set(args, checkpoint.get("args") or {}, model.config.classes)
     tf32 = args.device != "cpu" and torch.backends.cudnn.allow_tf32

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-import eval as evaluation
+import detect as detecting
 import metrics
 import ops
 import scratchdet
@@ -595,7 +595,7 @@ def compare_votes(clones: Path) -> dict:
     def both(rows, soft):
         theirs = order(names["soft_bbox_vote" if soft else "bbox_vote"](rows.copy()))
         found = metrics.Detections(rows[:, :4], rows[:, 4], np.ones(len(rows), np.int64))
-        voted = evaluation.vote_boxes(found, soft=soft)
+        voted = detecting.vote_boxes(found, soft=soft)
         return theirs, order(np.c_[voted.boxes_xyxy, voted.scores])
 
     worst = total = 0

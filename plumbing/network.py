@@ -1,4 +1,4 @@
-"""Checks of a Config and of its maps, and the cost of a network in multiplications."""
+"""Checks of a Config and of its maps; what a network costs; the network as a table."""
 
 import copy
 import math
@@ -101,3 +101,26 @@ def count_macs(model: nn.Module, size: int) -> int:
             module.register_forward_hook(count)
     meta(torch.empty(1, 3, size, size, device="meta"))
     return macs
+
+
+def network_table(model: nn.Module, per_cell: list[int], priors: tuple) -> str:
+    """The six maps of a ScratchDet, a line each, and what the network costs.
+
+    `per_cell`: the priors per cell of each map; `priors`: its row of scratchdet.PRIORS.
+    """
+    config = model.config
+    sizes = model.map_sizes(config.size, config.size)
+    lines = [
+        f"{config.backbone}, BN {config.bn}, width {config.width:g}, "
+        f"{config.size}x{config.size}, {config.num_classes} classes with background",
+        "map      size  channels  priors per cell  priors  sides in pixels",
+    ]
+    rows = zip(sizes, model.features.channels, per_cell, priors, strict=True)
+    for i, ((h, w), c, a, (small, large, *_)) in enumerate(rows, 1):
+        pixel = config.size / 100
+        side = f"{pixel * small:g}, {pixel * math.sqrt(small * large):.1f}"
+        lines.append(f"{i:<5}{f'{h}x{w}':>8}{c:>10}{a:>17}{h * w * a:>8}  {side}")
+    parameters = sum(p.numel() for p in model.parameters())
+    lines.append(f"{len(model.priors_cxcywh):,} priors")
+    lines.append(f"{parameters:,} parameters, {count_macs(model, config.size) / 1e9:.2f} GMACs")
+    return "\n".join(lines)

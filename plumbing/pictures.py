@@ -2,13 +2,22 @@
 
 import colorsys
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing.files import exif_orientation, to_rgb
+from plumbing.files import (
+    SUFFIXES,
+    Record,
+    decode_pixels,
+    exif_orientation,
+    open_record,
+    to_rgb,
+)  # fmt: skip
 from plumbing.program import make_folder
 
 GREEN, ORANGE = (0, 158, 60), (245, 130, 0)  # ground truth, detections
@@ -118,6 +127,14 @@ def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) 
     sheet.save(path)
 
 
+def draw_found(record: Record, found, classes: Sequence[str], min_score: float) -> Image.Image:
+    """The picture of a record: ground truth green, `Detections` from min_score on orange."""
+    image, keep = decode_pixels(open_record(record), record), found.scores >= min_score
+    image = draw_boxes(image, record.boxes_xyxy, record.labels, None, classes)
+    boxes, scores, labels = (x[keep] for x in found)
+    return draw_boxes(image, boxes, labels, scores, classes)
+
+
 # ------------------------------------------------------------------------------ users' pictures
 
 
@@ -164,3 +181,38 @@ def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
     if any(real(folder) in place for place in places):
         raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")
     return make_folder(folder, "--draw")
+
+
+def find_pictures(names: list[str]) -> list[Path]:
+    """The pictures named, and those inside the folders named, without hidden files."""
+    pictures = []
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise ValueError(f"{name}: no such picture or folder")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        # Only a folder is filtered by suffix: whoever names a file means it.
+        inside = [p for p in inside if not p.name.startswith(".") or not path.is_dir()]
+        some = [p for p in inside if p.suffix.lower() in SUFFIXES or not path.is_dir()]
+        if not some:
+            raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
+        others = Counter(p.suffix for p in set(inside) - set(some) if p.is_file())
+        if others:
+            what = f"{others.total()} files left out, which are no pictures by their suffix"
+            print(f"{name}: {what}: {' '.join(sorted(others))}", file=sys.stderr)
+        pictures += some
+    return pictures
+
+
+def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
+    """A file name for each drawn picture, all different: its own, where several have it with the
+    folders above. A suffix that Pillow does not know becomes .jpg."""
+    own, names, used = Counter(path.name for path in pictures), {}, set()
+    for path in dict.fromkeys(pictures):
+        parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]
+        while (name := "_".join(all_parts[-parts:])) in used and parts < len(all_parts):
+            parts += 1
+        known = path.suffix.lower() in Image.registered_extensions()
+        names[path] = name if known else f"{name}.jpg"
+        used |= {name, names[path]}
+    return names

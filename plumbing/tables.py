@@ -1,33 +1,58 @@
-"""What the programs print: the network, and the numbers of an evaluation, as text."""
+"""The numbers of an evaluation: as plain data, and as the text that the programs print."""
 
-import math
+from collections.abc import Sequence
 
-from torch import nn
+import numpy as np
 
-from plumbing.network import count_macs
+CURVE = 200  # points of a precision-recall curve, at most
 
 
-def network_table(model: nn.Module, per_cell: list[int], priors: tuple) -> str:
-    """The six maps of a ScratchDet, a line each, and what the network costs.
+def best_threshold(f1: np.ndarray) -> float | None:
+    """The score at which F1 (101,), of scores 0, .01, ..., 1, is best; None where it is 0 or NaN.
 
-    `per_cell`: the priors per cell of each map; `priors`: its row of scratchdet.PRIORS.
+    Of several it is the middle one.
     """
-    config = model.config
-    sizes = model.map_sizes(config.size, config.size)
-    lines = [
-        f"{config.backbone}, BN {config.bn}, width {config.width:g}, "
-        f"{config.size}x{config.size}, {config.num_classes} classes with background",
-        "map      size  channels  priors per cell  priors  sides in pixels",
-    ]
-    rows = zip(sizes, model.features.channels, per_cell, priors, strict=True)
-    for i, ((h, w), c, a, (small, large, *_)) in enumerate(rows, 1):
-        pixel = config.size / 100
-        side = f"{pixel * small:g}, {pixel * math.sqrt(small * large):.1f}"
-        lines.append(f"{i:<5}{f'{h}x{w}':>8}{c:>10}{a:>17}{h * w * a:>8}  {side}")
-    parameters = sum(p.numel() for p in model.parameters())
-    lines.append(f"{len(model.priors_cxcywh):,} priors")
-    lines.append(f"{parameters:,} parameters, {count_macs(model, config.size) / 1e9:.2f} GMACs")
-    return "\n".join(lines)
+    best = np.flatnonzero(f1 == f1.max())
+    return best[len(best) // 2].item() / 100 if f1.max() > 0 else None
+
+
+def as_plain_data(voc: dict, coco: dict, classes: Sequence[str], metric: str, sizes: dict) -> dict:
+    """What `voc_ap` and `coco_ap` return, without arrays and NaN, as JSON takes it.
+
+    "threshold" is the score whose detections have the best F1, for each class and as a mean over
+    the classes. `sizes`: metrics.SIZES. `coco` may be empty.
+    """
+
+    def plain(x):
+        return None if np.isnan(x) else float(x)
+
+    def both(eleven, area, kind):
+        return {f"{kind}_11point": plain(eleven), f"{kind}_area": plain(area)}
+
+    means, by_size, per_class, curves = both(*voc["mAP"], "mAP"), {}, {}, {}
+    for name, (low, high) in sizes.items():  # sides in the network's image, as text
+        by_size[name] = both(*voc["by_size"][name], "mAP") | {"sides": f"{low} to {min(high, 300)}"}
+    for c, name in enumerate(classes):
+        f1, (recall, precision) = voc["f1"][c], voc["curves"][c]
+        per_class[name] = both(voc["ap11"][c], voc["area"][c], "ap")
+        per_class[name] |= {"threshold": best_threshold(f1), "f1": plain(f1.max())}
+        some = np.unique(np.linspace(0, max(0, len(recall) - 1), CURVE).astype(int))[: len(recall)]
+        curves[name] = [recall[some].round(4).tolist(), precision[some].round(4).tolist()]
+    result = {
+        "mAP": means["mAP_11point" if metric == "voc07" else "mAP_area"],
+        "metric": metric,
+        **means,
+        "per_class": per_class,
+        "by_size": by_size,
+        "threshold": best_threshold(np.nansum(voc["f1"], axis=0)),
+        "curves": curves,
+    }
+    if coco:
+        per_class_ap = coco["per_class"]
+        result |= {"coco": {k: v for k, v in coco.items() if k != "per_class"}, "mAP": coco["AP"]}
+        for name, ap in zip(classes, per_class_ap, strict=True):
+            per_class[name]["ap_coco"] = plain(ap)
+    return result
 
 
 def results_text(result: dict) -> str:

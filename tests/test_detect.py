@@ -204,7 +204,7 @@ def test_the_detector_takes_arrays_and_pictures_of_any_mode(checkpoint, records,
     detector = detect.Detector(checkpoint, min_score=0.0)
     image = decode_pixels(open_record(records[0]), records[0])
     boxes_xyxy, scores, names = detector(image)
-    expected = evaluation.detect_image(narrow(classes=CLASSES), image)
+    expected = detect.detect_image(narrow(classes=CLASSES), image)
     np.testing.assert_allclose(boxes_xyxy, expected.boxes_xyxy, atol=1e-3)
     np.testing.assert_allclose(scores, expected.scores, atol=1e-6)
     assert names == [CLASSES[label - 1] for label in expected.labels]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import detect as detecting
 import eval as evaluation
 from experiments.eval_bench import found, random_case
 from metrics import Detections, mean, voc_ap
@@ -88,7 +89,7 @@ def ceiling(records, num_classes, iou_threshold):
         labels, loc = targets(some, priors_cxcywh)
         logits = 20.0 * torch.nn.functional.one_hot(labels, num_classes + 1)
         answers = detect(loc, logits, priors_cxcywh, iou_threshold=iou_threshold)
-        detections += evaluation.to_pixels(*answers, [r.size for r in some])
+        detections += detecting.to_pixels(*answers, [r.size for r in some])
     result = voc_ap(records, detections, num_classes)
     eleven, area = mean(result["ap11"]), mean(result["area"])
     print(f"ceiling of {len(records)} images, NMS at {iou_threshold}: mAP {eleven:.4f} (11-point), "
@@ -133,7 +134,7 @@ def test_run_detector_keeps_order_mode_and_size(records, batch_size):
 def test_boxes_are_pixels_of_the_original_and_clipped():
     boxes = torch.tensor([[[0.1, 0.2, 0.5, 1.2], [0, 0, 0, 0]]])
     scores, labels = torch.tensor([[0.9, 0]]), torch.tensor([[3, 0]])
-    one = evaluation.to_pixels(boxes, scores, labels, torch.tensor([1]), [(500, 375)])[0]
+    one = detecting.to_pixels(boxes, scores, labels, torch.tensor([1]), [(500, 375)])[0]
     np.testing.assert_allclose(one.boxes_xyxy, [[50, 75, 250, 375]])
     assert one.labels.tolist() == [3]
 
@@ -192,14 +193,14 @@ def test_sharded_evaluation_equals_one_process(shapes, records, tmp_path):
 
 def test_vote_boxes_by_hand():
     boxes = [[0, 0, 99, 99], [0, 0, 99, 89], [200, 200, 240, 240], [0, 0, 99, 99]]
-    joined = evaluation.vote_boxes(found(boxes, [0.6, 0.4, 0.5, 0.3], [1, 1, 1, 2]))
+    joined = detecting.vote_boxes(found(boxes, [0.6, 0.4, 0.5, 0.3], [1, 1, 1, 2]))
     assert joined.labels.tolist() == [1, 1, 2]  # another class does not vote
     np.testing.assert_allclose(joined.scores, [0.6, 0.5, 0.3])
     np.testing.assert_allclose(joined.boxes_xyxy[0], [0, 0, 99, 0.6 * 99 + 0.4 * 89])
-    soft = evaluation.vote_boxes(found(boxes, [0.6, 0.4, 0.5, 0.3], [1, 1, 1, 2]), soft=True)
+    soft = detecting.vote_boxes(found(boxes, [0.6, 0.4, 0.5, 0.3], [1, 1, 1, 2]), soft=True)
     # the second stays with .4 * (1 - .9); the best one, with itself, falls to 0 and goes
     np.testing.assert_allclose(soft.scores, [0.6, 0.5, 0.3, 0.04])
-    nothing = evaluation.vote_boxes(found([], []))
+    nothing = detecting.vote_boxes(found([], []))
     assert nothing.boxes_xyxy.shape == (0, 4)
 
 
@@ -208,7 +209,7 @@ def test_one_pass_equals_run_detector(records):
     with torch.no_grad():
         expected = evaluation.run_detector(model, records[:2], batch_size=1, what=None)
     for r, one in zip(records[:2], expected, strict=True):
-        got = evaluation.detect_image(model, decode_pixels(open_record(r), r))
+        got = detecting.detect_image(model, decode_pixels(open_record(r), r))
         np.testing.assert_allclose(got.scores, one.scores, atol=1e-5)
         np.testing.assert_allclose(got.boxes_xyxy, one.boxes_xyxy, atol=1e-2)
 
@@ -240,7 +241,7 @@ def test_multi_scale_finds_it_where_it_is(size):
     image = Image.new("RGB", size)
     corner = np.array([size[0] * 0.7, size[1] * 0.2]).astype(int)
     image.paste((255, 255, 255), (*corner, *(corner + 60)))
-    joined = evaluation.detect_image(Bright(), image, evaluation.MULTI_SCALE)
+    joined = detecting.detect_image(Bright(), image, detecting.MULTI_SCALE)
     sure = joined.boxes_xyxy[joined.scores > 0.5]
     assert len(sure) > 3  # of every scale; none where only a mirrored image would have it
     assert np.abs((sure[:, :2] + sure[:, 2:]) / 2 - corner - 30).max() < 45
@@ -251,11 +252,11 @@ def test_multi_scale_runs_the_real_network_at_every_size(records):
     image = decode_pixels(open_record(records[0]), records[0])
     seen = []
     hook = model.features.register_forward_hook(lambda _m, _x, maps: seen.append(len(maps)))
-    joined = evaluation.detect_image(model, image, evaluation.MULTI_SCALE)
+    joined = detecting.detect_image(model, image, detecting.MULTI_SCALE)
     hook.remove()
     assert seen[0] == 6
     assert 3 <= min(seen) <= 5  # a level too small is dropped
-    assert len(seen) == len(evaluation.MULTI_SCALE)
+    assert len(seen) == len(detecting.MULTI_SCALE)
     assert (np.diff(joined.scores) <= 0).all()
 
 
@@ -317,7 +318,7 @@ def write_coco(root, records):
 def test_coco_results_are_what_pycocotools_reads(records, tmp_path, monkeypatch, capsys):
     write_coco(tmp_path, records)
     model = Oracle(records, Config(classes=CLASSES))
-    monkeypatch.setattr(evaluation, "load_detector", lambda *_: (model, {"args": {}}))
+    monkeypatch.setattr(detecting, "load_detector", lambda *_: (model, {"args": {}}))
     results, numbers = tmp_path / "results.json", tmp_path / "numbers.json"
     evaluation.main(["any.pt", "--coco-root", str(tmp_path), "--workers", "0",
                      "--results", str(results), "--json", str(numbers)])  # fmt: skip
@@ -349,7 +350,7 @@ def test_coco_results_have_no_category_that_the_set_does_not_list(
     content["categories"] = [c for c in content["categories"] if c["name"] == kept]
     listing.write_text(json.dumps(content))
     model = Oracle(ours, Config(classes=CLASSES))
-    monkeypatch.setattr(evaluation, "load_detector", lambda *_: (model, {"args": {}}))
+    monkeypatch.setattr(detecting, "load_detector", lambda *_: (model, {"args": {}}))
     evaluation.main(["any.pt", "--coco-root", str(tmp_path), "--workers", "0",
                      "--results", str(tmp_path / "results.json")])  # fmt: skip
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -367,7 +368,7 @@ def test_a_coco_test_set_has_results_without_numbers(records, tmp_path, monkeypa
     listing.unlink()
     listing.with_name("image_info_test-dev2017.json").write_text(json.dumps(content))
     model = Oracle(records, Config(classes=CLASSES))
-    monkeypatch.setattr(evaluation, "load_detector", lambda *_: (model, {"args": {}}))
+    monkeypatch.setattr(detecting, "load_detector", lambda *_: (model, {"args": {}}))
     argv = ["any.pt", "--coco-root", str(tmp_path), "--eval-sets", "test-dev2017", "--workers", "0"]
     with pytest.raises(ValueError, match="instances_test-dev2017.json"):
         evaluation.main(argv)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
+import detect as detecting
 import metrics
 import ops
 from experiments import reference
@@ -67,15 +67,15 @@ def test_passes_are_refinedets():
     """multi_scale_test_net_320: input side, kept if the long side > a, or the short side < b."""
     passes = [(320, 1, 0, np.inf), (320, 0.6, 0, np.inf), (192, 1, 32, np.inf), (384, 1, 0, 160)]
     passes += [(448, 1, 0, 128), (512, 1, 0, 96), (576, 1, 0, 64), (704, 1, 0, 32)]
-    ours = [(round(320 * scale), *rest) for scale, *rest in evaluation.MULTI_SCALE]
+    ours = [(round(320 * scale), *rest) for scale, *rest in detecting.MULTI_SCALE]
     assert ours == passes
-    assert evaluation.COCO_MULTI_SCALE == (*evaluation.MULTI_SCALE, (2.0, 1.0, 0, 48))
+    assert detecting.COCO_MULTI_SCALE == (*detecting.MULTI_SCALE, (2.0, 1.0, 0, 48))
 
 
 def test_voting_keeps_all():
     boxes = np.array([[30.0 * i, 0, 30 * i + 20, 20] for i in range(1000)])
     found = metrics.Detections(boxes, np.full(1000, 0.5), np.ones(1000, np.int64))
-    assert len(evaluation.vote_boxes(found).scores) == 1000
+    assert len(detecting.vote_boxes(found).scores) == 1000
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -83,7 +83,7 @@ def test_box_voting_is_refinedets(kind):
     """bbox_vote and soft_bbox_vote; boxes of one class, by falling score."""
     rows = np.array(FROZEN["votes"]["boxes"])
     found = metrics.Detections(rows[:, :4], rows[:, 4], np.ones(len(rows), np.int64))
-    voted = evaluation.vote_boxes(found, soft=kind == "soft")
+    voted = detecting.vote_boxes(found, soft=kind == "soft")
     ours = np.c_[voted.boxes_xyxy, voted.scores]
     ours = ours[np.lexsort((ours[:, 0], -ours[:, 4]))]
     np.testing.assert_allclose(ours, FROZEN["votes"][kind], atol=2e-6)

@@ -9,9 +9,15 @@ from experiments.count_lines import LESSON, MAIN_PATH, count
 
 ROOT = Path(__file__).parents[1]
 # A file may import from its own floor's files on its left, and from lower floors.
-FLOORS = (("plumbing", "ops"), ("metrics", "data", "scratchdet"), ("eval",), ("detect", "train"))
+FLOORS = (
+    ("plumbing", "ops"),
+    ("metrics", "data", "scratchdet"),
+    ("detect",),
+    ("eval",),
+    ("train",),
+)
 UPWARDS = {  # the lines that reach up into experiments/: the rivals' networks, the final pages
-    ("eval", "experiments.baselines"), ("train", "experiments.baselines"),
+    ("detect", "experiments.baselines"), ("train", "experiments.baselines"),
     ("train", "experiments.report"), ("train", "experiments.errors"),
     ("scratchdet", "experiments.baselines"),
 }  # fmt: skip
@@ -61,8 +67,8 @@ def test_nothing_outside_tests_imports_tests():
 def test_the_lesson_stays_short():
     counts = {name: count(ROOT / name) for name in MAIN_PATH}
     # Code is what a reader has to follow; comments may grow where they answer a question.
-    assert sum(counts[name].code for name in LESSON) <= 1500
-    assert sum(counts[name].lines for name in LESSON) <= 2300
+    assert sum(counts[name].code for name in LESSON) <= 1420
+    assert sum(counts[name].lines for name in LESSON) <= 2150
     for name, c in counts.items():
         most = 66 if c.where == "main" else 60
         assert c.longest <= most, (name, c.where, c.longest)

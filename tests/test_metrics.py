@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import metrics  # noqa: E402
 from experiments.eval_bench import by_pycocotools, found, random_case, record  # noqa: E402
 from metrics import COCO_NAMES, SIZES, Detections, coco_ap, mean, voc_ap  # noqa: E402
+from plumbing.tables import best_threshold  # noqa: E402
 
 ORACLES = os.environ.get("SCRATCHDET_ORACLES")
 needs_oracles = pytest.mark.skipif(
@@ -54,9 +55,9 @@ def test_f1_and_the_score_where_it_is_best():
     for score, expected in (at | {0.91: 0.0, 1.0: 0.0}).items():
         assert f1[0, round(100 * score)] == pytest.approx(expected), score
     assert np.isnan(f1[1]).all()  # a class without objects
-    assert metrics.best_threshold(f1[0]) == 0.1  # the middle of 0 to .2
-    assert metrics.best_threshold(f1[1]) is None
-    assert metrics.best_threshold(np.zeros(101)) is None
+    assert best_threshold(f1[0]) == 0.1  # the middle of 0 to .2
+    assert best_threshold(f1[1]) is None
+    assert best_threshold(np.zeros(101)) is None
     result = metrics.summarise([truth], [found(boxes, [0.9, 0.6, 0.3, 0.2])], ["a", "b"])
     assert result["threshold"] == result["per_class"]["a"]["threshold"] == 0.1
     assert result["per_class"]["a"]["f1"] == pytest.approx(6 / 8)

@@ -212,7 +212,7 @@ def test_average_precision():
 
 
 def as_network_sees(pixels: np.ndarray, config: Config) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (1, 3, S, S), as `detect_image` of eval.py makes it."""
+    """(H, W, 3) uint8 -> (1, 3, S, S), as `detect_image` of detect.py makes it."""
     planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     size = (config.size, config.size)
     planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
