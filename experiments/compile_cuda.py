@@ -67,6 +67,9 @@ def link(sources, folder):
 
 
 def main(arguments):
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return 0
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         print("no nvcc on this machine: the CUDA files were NOT compiled")

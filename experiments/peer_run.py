@@ -62,8 +62,6 @@ def detections(model, records, batch_size: int, workers: int, device) -> list[De
 
 def main(argv: list[str] | None = None) -> dict:
     """Train, evaluate; -> the results."""
-    from torchvision.models.detection import ssd300_vgg16
-
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -81,6 +79,13 @@ def main(argv: list[str] | None = None) -> dict:
     add("--out", default="runs/peer")
     add("--resume", action="store_true")
     args = parser.parse_args(argv)
+    try:
+        from torchvision.models.detection import ssd300_vgg16
+    except ImportError:
+        raise ValueError(
+            "torchvision is not installed, and its network is the peer: pip install torchvision, "
+            f"in the version that belongs to torch {torch.__version__}"
+        ) from None
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     machine.check_device(args.device)

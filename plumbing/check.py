@@ -105,7 +105,8 @@ def check_headers(records: list[Record]) -> None:
     """BadData where an image is no image, or of another size than its annotation says: before the
     first step, since such an image would end a run in its middle. Nothing is decoded: 0.1 ms each.
     """
-    for_all(records, lambda record: open_record(record).close(), "opening")
+    silent = dist.is_initialized() and dist.get_rank() > 0
+    for_all(records, lambda record: open_record(record).close(), "opening", silent=silent)
 
 
 def leave_out_unreadable(records: list[Record], found: Findings) -> list[Record]:

@@ -1,5 +1,7 @@
 """The benches that need no rival installed: peer_run's inputs, and step_bench, run once."""
 
+import sys
+
 import pytest
 import torch
 
@@ -31,3 +33,9 @@ def test_the_parts_of_a_step_are_timed(shapes_root, tmp_path, capsys):
     step_bench.main(run_flags(shapes_root, tmp_path))
     said = capsys.readouterr().out
     assert all(part in said for part in step_bench.PARTS)
+
+
+def test_without_torchvision_there_is_no_peer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
+    with pytest.raises(ValueError, match="pip install torchvision"):
+        peer_run.main(["--voc-root", "anywhere"])
