@@ -9,7 +9,11 @@
     detector = Detector("runs/mine/last.pt")
     boxes_xyxy, scores, names = detector(image)           a PIL picture or a NumPy array; or a list
 
-Boxes are (left, top, right, bottom) in pixels of the picture.
+    picture --> detect_image --> Detections --> a line of text, a drawing, JSON
+                one pass, or several with larger and smaller inputs, joined by vote_boxes
+
+Letters: N images, P priors, C classes with background, D detections of one image.
+Boxes here are `_xyxy`, (left, top, right, bottom), in PIXELS of the picture.
 """
 
 import argparse
@@ -67,13 +71,49 @@ def to_pixels(
     return found
 
 
+# A pass: (side of the input / config.size, short side / long side of the input, a, b). It keeps
+# boxes with long side > a and short side < b, in pixels of the picture.
+ONE_SCALE = ((1.0, 1.0, 0, np.inf),)
+
+
+@torch.no_grad()
+def detect_image(
+    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
+) -> Detections:
+    """`Detections` in a picture of any size, over several passes joined by `vote_boxes`.
+
+    A single pass is not mirrored, and needs no voting. In the other passes the priors keep their
+    sides in pixels while the input changes its size. A small input has fewer than six maps.
+    """
+    image = as_rgb(image)
+    config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
+    several, parts = len(passes) > 1, []
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
+    for scale, aspect, longer, shorter in passes:
+        # The priors keep their size in pixels, so in a larger input they fit smaller objects.
+        side = round(config.size * scale)
+        sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
+        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
+        x = normalise(x.to(device), config.mean, config.std, config.channels)
+        x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
+        maps = model.features(x)
+        priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
+        loc, logits = model.head(maps)
+        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
+        for mirrored, (xyxy, scores, labels) in enumerate(found):
+            if mirrored:  # back into the picture that is not mirrored
+                xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
+            sizes = xyxy[:, 2:] - xyxy[:, :2] + 1  # (D, 2): VOC counts both edges
+            keep = (sizes.max(axis=1) > longer) & (sizes.min(axis=1) < shorter)
+            parts.append(Detections(xyxy[keep], scores[keep], labels[keep]))
+    joined = Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return vote_boxes(joined, soft=soft) if several else joined
+
+
 # ------------------------------------------------------------------------------ multi-scale testing
 
 # The paper does not describe its multi-scale test; this is RefineDet320's (same authors), rescaled.
-# Each row is a pass: (side of the input / config.size, short side / long side of the input, a, b).
-# It keeps boxes with long side > a and short side < b, in pixels of the image: large inputs find
-# small objects, small inputs large ones. Each pass also runs on the mirrored image.
-ONE_SCALE = ((1.0, 1.0, 0, np.inf),)
+# Large inputs find small objects, small inputs large ones. Each pass also runs mirrored.
 MULTI_SCALE = (
     *ONE_SCALE,
     (1.0, 0.6, 0, np.inf),
@@ -124,40 +164,6 @@ def vote_boxes(
     rows = np.concatenate(rows)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")]
     return Detections(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
-
-
-@torch.no_grad()
-def detect_image(
-    model: ScratchDet, image: Image.Image, passes: tuple = ONE_SCALE, *, soft: bool = False
-) -> Detections:
-    """`Detections` in a picture of any size, over several passes joined by `vote_boxes`.
-
-    A single pass is not mirrored, and needs no voting. In the other passes the priors keep their
-    sides in pixels while the input changes its size. A small input has fewer than six maps.
-    """
-    image = as_rgb(image)
-    config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
-    several, parts = len(passes) > 1, []
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
-    for scale, aspect, longer, shorter in passes:
-        # The priors keep their size in pixels, so in a larger input they fit smaller objects.
-        side = round(config.size * scale)
-        sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
-        x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
-        x = normalise(x.to(device), config.mean, config.std, config.channels)
-        x = torch.cat([x, x.flip(3)]) if several else x  # (N, 3, H, W), N = 1 or 2
-        maps = model.features(x)
-        priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
-        loc, logits = model.head(maps)
-        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
-        for mirrored, (xyxy, scores, labels) in enumerate(found):
-            if mirrored:  # back into the picture that is not mirrored
-                xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
-            sizes = xyxy[:, 2:] - xyxy[:, :2] + 1  # (D, 2): VOC counts both edges
-            keep = (sizes.max(axis=1) > longer) & (sizes.min(axis=1) < shorter)
-            parts.append(Detections(xyxy[keep], scores[keep], labels[keep]))
-    joined = Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    return vote_boxes(joined, soft=soft) if several else joined
 
 
 # ------------------------------------------------------------------------------ from Python
@@ -334,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of train.py; default: the photo detector in weights/, else the quick start's",
     )
     add("--min-score", type=float, help="from which score to show; default: the checkpoint's")
-    add("--multi-scale", action="store_true", help="9 scales, mirrored: slower, finds more")
+    add("--multi-scale", action="store_true", help="8 passes, also mirrored: slower, finds more")
     add("--draw", metavar="DIR|FILE", help="write the pictures (or the film) with boxes")
     add("--json", metavar="FILE", help="write all detections")
     add(
