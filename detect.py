@@ -71,8 +71,8 @@ def to_pixels(
     return found
 
 
-# A pass: (side of the input / config.size, short side / long side of the input, a, b). It keeps
-# boxes with long side > a and short side < b, in pixels of the picture.
+# A pass: (side of the input / config.size, short / long side of the input, longer, shorter). It
+# keeps boxes with a long side > longer and a short side < shorter, in pixels of the picture.
 ONE_SCALE = ((1.0, 1.0, 0, np.inf),)
 
 
@@ -82,15 +82,15 @@ def detect_image(
 ) -> Detections:
     """`Detections` in a picture of any size, over several passes joined by `vote_boxes`.
 
-    A single pass is not mirrored, and needs no voting. In the other passes the priors keep their
-    sides in pixels while the input changes its size. A small input has fewer than six maps.
+    With several passes each also runs mirrored; a single one gives what eval.py's `run_detector`
+    gives. The priors keep their sides in pixels of the input, so in a larger input they fit smaller
+    objects. A small input has fewer than six maps.
     """
     image = as_rgb(image)
     config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
     several, parts = len(passes) > 1, []
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, h, w) uint8
     for scale, aspect, longer, shorter in passes:
-        # The priors keep their size in pixels, so in a larger input they fit smaller objects.
         side = round(config.size * scale)
         sides = (side, round(side * aspect)) if w >= h else (round(side * aspect), side)
         x = torch.nn.functional.interpolate(pixels, sides[::-1], mode="bilinear", antialias=True)
@@ -252,7 +252,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
     -> the exit status: 1 if a picture could not be read, else 0.
     """
     classes, rows, failed = model.config.classes, [], []
-    pictures = args.found
+    pictures = args.files
     folder = drawing_folder(args.draw, pictures) if args.draw is not None else None
     names = names_to_draw(pictures)
     for path, image in read_pictures(pictures, failed):
@@ -327,7 +327,7 @@ def load_and_describe(args: argparse.Namespace) -> tuple[ScratchDet, dict]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, and in `found` the pictures. ValueError before anything is loaded or written."""
+    """The flags, and in `files` the pictures. ValueError before anything is loaded or written."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=Help,
@@ -340,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of train.py; default: the photo detector in weights/, else the quick start's",
     )
     add("--min-score", type=float, help="from which score to show; default: the checkpoint's")
-    add("--multi-scale", action="store_true", help="8 passes, also mirrored: slower, finds more")
+    add("--multi-scale", action="store_true", help="8 sizes and aspects: slower, finds more")
     add("--draw", metavar="DIR|FILE", help="write the pictures (or the film) with boxes")
     add("--json", metavar="FILE", help="write all detections")
     add(
@@ -359,11 +359,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.checkpoint = next((str(p) for p in DEFAULTS if p.exists()), None)
     if args.checkpoint is None:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
-    args.found = [] if args.pictures == ["-"] else find_pictures(args.pictures)
+    args.files = [] if args.pictures == ["-"] else find_pictures(args.pictures)
     if args.pictures == ["-"]:
         check_file(args.draw, args.checkpoint, "/dev/stdin")  # the film itself
     for file in (args.json, args.export):  # fail now, not after all pictures
-        check_file(file, args.checkpoint, *args.found)
+        check_file(file, args.checkpoint, *args.files)
     check_ending(args.export)
     return args
 

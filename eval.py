@@ -5,7 +5,7 @@
     python eval.py CHECKPOINT --coco-root DIR             val2017: COCO's 12 numbers
 
     records --+--> run_detector --> one Detections per image --+--> summarise --> results_text
-              +------------------------------------------------+    (metrics.py)
+              +------------------------------------------------+    metrics.py    plumbing/tables.py
 
 For your own pictures, without annotations, use detect.py.
 
@@ -77,6 +77,7 @@ def evaluate(
 ) -> tuple[dict, list[Detections]]:  # fmt: skip
     """Runs the model over the records and measures it -> (the dict of `summarise`, detections).
 
+    For train.py; `main` below does the two steps itself, since it has several ways to detect.
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
     """
     if world > 1:
@@ -123,9 +124,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="file that train.py wrote: network, classes, weights")
     sources.add_eval_flags(parser)
     g = parser.add_argument_group("output")
-    g.add_argument("--multi-scale", action="store_true", help="our recipe: 8 scales, mirrored")
+    g.add_argument("--multi-scale", action="store_true", help="RefineDet320's passes, rescaled")
     g.add_argument("--draw", metavar="DIR", help="write the images with boxes, labels and scores")
-    g.add_argument("--min-score", type=float, default=0.3, help="draw detections from this score")
+    g.add_argument("--min-score", type=float, default=0.3, help="draw from this score on")
     g.add_argument("--json", metavar="FILE", help="write the numbers")
     g.add_argument("--results", metavar="FILE", help="write COCO results JSON (also of a test set)")
     g.add_argument("--comp4", metavar="DIR|FILE", help="write VOC server files, or FILE.tar.gz")
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         drawing_folder(args.draw, [r.path for r in records])
 
     if args.multi_scale:
-        print("multi-scale: our recipe (the paper does not describe its own)")
+        print("multi-scale: RefineDet320's passes, rescaled (the paper does not describe its own)")
         found, progress = [], Progress(len(records), "multi-scale")
         # as RefineDet: on COCO, whose AP asks for precise boxes, one more pass and soft voting
         passes = COCO_MULTI_SCALE if metric == "coco" else MULTI_SCALE

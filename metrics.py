@@ -1,13 +1,14 @@
 """The two standard metrics, VOC AP and COCO AP, in plain NumPy: no network, no torch.
 
-    records, one Detections per image --> voc_ap | coco_ap --> summarise
+    records, one Detections per image --> voc_ap, for COCO also coco_ap --> summarise
 
-Read `average_precision` first: the metric as a textbook has it. What comes after it decides which
-detections are right: VOC's rules, then COCO's (skip those on a first reading). Both work on one
-table of all images, so a million detections take seconds (`python -m experiments.eval_bench`).
+Read `average_precision` first, the metric as a textbook has it; then from `voc_match` on, VOC's
+rules of which detections are right. COCO's come last (skip them on a first reading). Between them
+lies one table of all images, which only makes it fast: a million detections take seconds
+(`python -m experiments.eval_bench`).
 
-Letters: D detections and G objects (ground-truth boxes) of all images together, C classes,
-N images, K pairs of a detection and an object.
+Letters: D detections and G objects (ground-truth boxes) of all images together, C classes
+(without background), N images, K pairs of a detection and an object.
 Boxes here are `_xyxy` in PIXELS of the original image, not in units of the image.
 References: the VOC2007 devkit (VOCevaldet); COCOeval of pycocotools.
 """
@@ -134,7 +135,7 @@ def tabulate(
     objects = Objects(*table(records, "ground truth"), difficult, area)
     score = column(detections, "scores")
     guesses = Guesses(*table(detections, "detections"), score, np.arange(len(score)))
-    order = np.lexsort((-guesses.score, guesses.label))  # the last counts first; ties stay
+    order = np.lexsort((-guesses.score, guesses.label))  # by label, then by score; ties stay
     return objects, Guesses(*(column[order] for column in guesses))
 
 
@@ -228,7 +229,7 @@ def voc_match(
     """Each detection looks at the object of its class and image that it overlaps most."""
     objects, guesses = tabulate(records, detections, num_classes)
     d, g, iou = overlaps(guesses, objects, iou_threshold, plus=1.0)
-    enough = iou > iou_threshold  # strictly
+    enough = iou > iou_threshold  # `overlaps` has also let through what equals it
     d, g, iou = d[enough], g[enough], iou[enough]
     order = np.lexsort((g, -iou, d))  # of each detection the largest IoU first, then the first box
     looking, first = np.unique(d[order], return_index=True)

@@ -206,8 +206,8 @@ def stages(args: argparse.Namespace) -> tuple[tuple, tuple, np.ndarray]:
     return sizes, work, steps / steps[-1]
 
 
-def progress(step: int, args: argparse.Namespace) -> tuple[float, int]:
-    """Where the run stands before step 0, 1, ...: (share of its work done, size of this step).
+def work_and_size(step: int, args: argparse.Namespace) -> tuple[float, int]:
+    """Before step 0, 1, ...: (share of the run's work that is done, image size of this step).
 
     Without --sizes that is (step / iterations, args.size).
     """
@@ -226,8 +226,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     "steps") or falls linearly to zero ("linear"). The paper drops it after 45, 75 and 95 % of the
     run and has no warm-up (section 4.1).
     """
-    done, _ = progress(step, args)
-    done_after, _ = progress(step + 1, args)  # or the first step's rate would be zero
+    done, _ = work_and_size(step, args)
+    done_after, _ = work_and_size(step + 1, args)  # or the first step's rate would be zero
     warm = min(1.0, done_after / max(1e-9, args.warmup))
     if args.schedule == "linear":
         return args.lr * min(warm, (1 - done) / max(1e-9, 1 - args.warmup))
@@ -409,7 +409,8 @@ def train_steps(
             # The forward pass of a bad step has spoiled BatchNorm's running statistics: undo it.
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(buffer.where(finite, value))
-            log.write(step, logged, learning_rate(step, args), progress(step + 1, args)[0], indices)
+            done, _ = work_and_size(step + 1, args)
+            log.write(step, logged, learning_rate(step, args), done, indices)
             last = step + 1 == args.iterations
             saves = last or (step + 1) % args.save_every == 0
             # A signal reaches several ranks at different steps; at a flush all see the same "stop".
@@ -454,7 +455,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:
         return data.batches(
-            train, lambda micro_step: size or progress(micro_step // args.accumulate, args)[1],
+            train, lambda micro_step: size or work_and_size(micro_step // args.accumulate, args)[1],
             batch_size=images, seed=args.seed, augment=args.augment,
             start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
             keep_difficult=args.data != "coco",  # COCO's crowds (Caffe's ssd_coco.py)

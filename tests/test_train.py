@@ -87,13 +87,13 @@ def test_images_grow_and_the_rate_follows_the_work():
     """450 of 1,000 steps' worth of work at 100 pixels are nine times as many steps as at 300."""
     argv = ["--recipe", "overfit", "--warmup", "0.1", "--lr", "1", "--iterations", "1000"]
     args = train.parse_args([*argv, "--sizes", "100:.5", "300:1"])
-    assert [train.progress(s, args) for s in (0, 450, 899)] == [
+    assert [train.work_and_size(s, args) for s in (0, 450, 899)] == [
         (0, 100), (0.25, 100), (pytest.approx(0.5 * 899 / 900), 100)
     ]  # fmt: skip
-    assert [train.progress(s, args)[1] for s in (900, 999)] == [300, 300]
-    assert train.progress(900, args)[0] == 0.5
-    assert train.progress(950, args)[0] == pytest.approx(0.75)
-    assert train.progress(1000, args)[0] == 1
+    assert [train.work_and_size(s, args)[1] for s in (900, 999)] == [300, 300]
+    assert train.work_and_size(900, args)[0] == 0.5
+    assert train.work_and_size(950, args)[0] == pytest.approx(0.75)
+    assert train.work_and_size(1000, args)[0] == 1
     rates = [train.learning_rate(s, args) for s in range(1000)]
     assert rates.index(max(rates)) == 179  # a tenth of the work
     assert rates[900] == pytest.approx(0.5 / 0.9)

@@ -258,7 +258,7 @@ MUTANTS = [
            '{"params": head_bn, "weight_decay": WEIGHT_DECAY',
            "test_train.py", "decay_and_rate"),
     Mutant("the rate follows the steps, not the work", "train.py",
-           "done, _ = progress(step, args)", "done = step / args.iterations",
+           "done, _ = work_and_size(step, args)", "done = step / args.iterations",
            "test_train.py", "grow"),
     Mutant("priors of small images keep their pixels", "scratchdet.py",
            "(size, size), same_fraction=True)", "(size, size))",
