@@ -97,7 +97,10 @@ def largest_gap(a, b):
     "boxes",
     [
         [[0.1, 0.2, 0.9, 0.8]],
-        [[0.4, 0.4, 0.6, 0.7], [0.05, 0.1, 0.3, 0.2], [0.55, 0.5, 0.95, 1.0]],
+        pytest.param(
+            [[0.4, 0.4, 0.6, 0.7], [0.05, 0.1, 0.3, 0.2], [0.55, 0.5, 0.95, 1.0]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_crop_is_distributed_like_the_plain_samplers(boxes):

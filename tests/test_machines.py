@@ -339,13 +339,12 @@ run(compare.main, last, last, "--draws", "10", "--out", folder + "/compare.html"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "environment"),
     [
         ([], {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}),
-        pytest.param(  # and no assert, no __doc__
-            ["-OO"], {"PYTHONIOENCODING": "cp1252"}, marks=pytest.mark.slow
-        ),
+        (["-OO"], {"PYTHONIOENCODING": "cp1252"}),  # and no assert, no __doc__
     ],
     ids=["ascii", "cp1252"],
 )

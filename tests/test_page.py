@@ -507,6 +507,7 @@ def compare(browser, count: int, way: str) -> tuple[float, float]:
     return tuple(worst)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_says_what_pytorch_says(browser):
     """20 pictures: the outputs equal PyTorch's to rounding, and the detections are the same."""
