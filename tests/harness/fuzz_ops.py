@@ -91,6 +91,8 @@ def main():
     import ops
     from ops import ladder
 
+    if args.op and args.op not in ops.NAMES:
+        sys.exit(f"error: --op {args.op}: expected one of {', '.join(ops.NAMES)}")
     torch.set_num_threads(1)
     flags = ["-O1", "-g", *SANITIZERS[args.sanitize][1]]
     flags += ["-DEMULATE_FULL_BLOCKS"] * args.full_blocks
@@ -98,8 +100,6 @@ def main():
     sources = [name + (".cu" if emulate else ".cpp") for name in ops.NAMES]
     ops.build(f"fuzz_{args.kernels}", sources, flags, emulate=emulate)  # in the reference's place
     rungs = ladder.load("emulate", flags) if emulate and not args.only_final else {}
-    if args.op and args.op not in ops.NAMES:
-        sys.exit(f"error: --op {args.op}: expected one of {', '.join(ops.NAMES)}")
     started, excused = time.process_time(), 0
     for i in range(args.first, args.first + args.cases):
         op = args.op or ops.NAMES[i % len(ops.NAMES)]
