@@ -26,9 +26,10 @@ import eval as evaluation
 import scratchdet
 import train
 from plumbing import run_folder
+from plumbing.checkpoint import read_checkpoint
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
 from plumbing.voc import read_voc
-from runs import data_flags, log_of, run_flags, small_tree, steps_of, voc_flags
+from runs import FAST, data_flags, log_of, run_flags, small_tree, steps_of, voc_flags
 from scratchdet import Config, ScratchDet, load_detector
 
 ROOT = Path(__file__).parents[1]
@@ -435,3 +436,14 @@ def test_controls_on_shapes(tmp_path, capsys):
     assert found["untrained"] < 0.01
     assert found["shuffled"] < 0.30
     assert found["true"] > found["shuffled"] + 0.10  # it did learn, from as many images
+
+
+@pytest.mark.parametrize(("iterations", "wanted"), [(1, "flip"), (2, "crop")])
+def test_a_long_run_on_a_cpu_takes_crops(iterations, wanted, shapes_root, tmp_path, monkeypatch):
+    """8 images of 12 are two thirds of an epoch. What was chosen stays, in a resumed run too."""
+    monkeypatch.setattr(train, "CROPS_FROM", 1)
+    flags = [*data_flags(shapes_root)[:-2], *FAST, "--recipe", "budget"]  # without --augment
+    flags += ["--sizes", "160:.9", "300:1", "--out", str(tmp_path / "run")]
+    train.main([*flags, "--iterations", str(iterations)])
+    assert json.loads((tmp_path / "run/run.json").read_text())["args"]["augment"] == wanted
+    assert read_checkpoint(tmp_path / "run/last.pt")["args"]["augment"] == wanted
