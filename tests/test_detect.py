@@ -463,7 +463,7 @@ def test_onnx_equals_ours_on_50_pictures(tmp_path, capsys):
 
 
 ONE_OF_EACH_KIND = ["root-resnet18", "vgg16", "root-resnet50", "root-resnet18-preact"]
-ONE_OF_EACH_KIND += ["root-resnet34-caffe-compat", "scratchdet512", "dsod300", "ssd321"]
+ONE_OF_EACH_KIND += ["root-resnet34-caffe-compat", "dsod300"]
 
 
 @pytest.mark.slow

@@ -336,7 +336,7 @@ def test_emulator_primitives(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 10), ("address", 20)])
+@pytest.mark.parametrize(("sanitize", "cases"), [("thread", 10), ("address", 14)])
 def test_kernels_under_sanitizers(sanitize, cases):
     arguments = "--kernels", "cuda", "--sanitize", sanitize, "--cases", cases
     status, output = run(FUZZ, *arguments)

@@ -6,7 +6,6 @@ checks on a student's file.
 
 import itertools
 import math
-import os
 import re
 import shutil
 import signal
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from ops.jit import compiler
 
 OPS = Path(__file__).resolve().parents[2] / "ops"  # nothing of it is imported: nothing is built
 SECONDS = 30  # that one call may take
@@ -550,7 +551,7 @@ WAITS = 10  # seconds until a kernel hangs
 
 def check_kernel(kernel, folder):
     """`kernel`: the path of CUDA source. A wrong address or a race is named by its line."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(compiler()[0]) is None:
         pytest.skip("no C++ compiler on this machine")
     touching = torch.tensor([[0.0, 0, 2, 1], [0, 0, 1, 1]])
     cases = [(touching, 0.5, "IoU of exactly the threshold"), (touching, 0.4, "IoU .5")]
@@ -567,7 +568,7 @@ def build_kernel(kernel, folder, sanitizer):
     """A program that runs the kernel once on CPU threads."""
     harness, program = folder / "harness.cpp", folder / sanitizer
     harness.write_text(HARNESS)
-    command = [os.environ.get("CXX", "c++"), "-std=c++20", "-g1", "-ffp-contract=off", "-pthread",
+    command = [*compiler(), "-std=c++20", "-g1", "-ffp-contract=off", "-pthread",
                f"-I{OPS}", f'-DKERNEL="{kernel.resolve()}"', harness, "-o", program]  # fmt: skip
     flags = SANITIZERS[sanitizer]
     built = subprocess.run([*command, *flags], capture_output=True, text=True)
