@@ -515,6 +515,7 @@ def test_the_page_says_what_pytorch_says(browser):
     assert max(loc, logits) < 1e-3
 
 
+@pytest.mark.slow
 @needs_browser
 def test_hands_and_keys(browser):
     """Every control does something that can be read, and nothing ends in the console."""
