@@ -48,9 +48,8 @@ def as_plain_data(voc: dict, coco: dict, classes: Sequence[str], metric: str, si
         "curves": curves,
     }
     if coco:
-        per_class_ap = coco["per_class"]
         result |= {"coco": {k: v for k, v in coco.items() if k != "per_class"}, "mAP": coco["AP"]}
-        for name, ap in zip(classes, per_class_ap, strict=True):
+        for name, ap in zip(classes, coco["per_class"], strict=True):
             per_class[name]["ap_coco"] = plain(ap)
     return result
 
