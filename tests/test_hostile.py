@@ -433,11 +433,10 @@ def test_names_with_a_colon_stay_inside_drives_do_not():
     assert not stays_inside("C:a.jpg")
 
 
-def test_errors_of_the_command_are_one_line(voc):
-    command = [sys.executable, ROOT / "data.py", "--voc-root", voc / "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=voc)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: --voc-root .*nowhere.*\n", done.stderr)
+def test_errors_of_the_command_are_one_line(voc, capsys):
+    status, _, err = run_data(capsys, "--voc-root", voc / "nowhere")
+    assert status == 2
+    assert re.fullmatch(r"error: --voc-root .*nowhere.*\n", err)
 
 
 @pytest.mark.parametrize("flags", [("--workers", 0), ("--seed", -1)])

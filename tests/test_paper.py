@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -296,14 +294,14 @@ def test_another_test_of_a_run_is_published_as_short_as_the_run(args):
     assert both["voc07"]["0"].keys() == both["voc07 --multi-scale"]["0"].keys()
 
 
-def test_the_listing_names_every_row(tmp_path):
-    words = [sys.executable, "-m", "experiments.paper", "--runs", tmp_path, "--out", tmp_path]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_the_listing_names_every_row(tmp_path, capsys):
+    assert paper.main(["--runs", str(tmp_path), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
     for table in paper.TABLES.values():
         for row in table.rows:
-            assert f"  {row.what}\n      the paper's {row.paper}; ours none" in run.stdout
-    assert "Faster R-CNN" in run.stdout.splitlines()[-1]
-    assert run.stderr == ""
+            assert f"  {row.what}\n      the paper's {row.paper}; ours none" in printed.out
+    assert "Faster R-CNN" in printed.out.splitlines()[-1]
+    assert printed.err == ""
 
 
 # ------------------------------------------------------------------------------ the runner
