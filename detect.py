@@ -196,11 +196,9 @@ class Detector:
         if isinstance(images, (list, tuple)):  # one by one: they may differ in size
             return [self(image) for image in images]
         image = upright(images) if isinstance(images, Image.Image) else images
-        boxes, scores, labels = detect_image(self.model, image)
-        good = scores >= self.min_score
+        boxes, scores, labels = detect_image(self.model, image).above(self.min_score)
         # label 0 is background, so label 1 is the first class
-        names = [self.model.config.classes[label - 1] for label in labels[good]]
-        return Found(boxes[good], scores[good], names)
+        return Found(boxes, scores, [self.model.config.classes[label - 1] for label in labels])
 
 
 def threshold(checkpoint: dict) -> float:
@@ -260,7 +258,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
         rows.append(as_json(str(path), image, found, classes))
         print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
         if folder:
-            boxes, scores, labels = (x[found.scores >= args.min_score] for x in found)
+            boxes, scores, labels = found.above(args.min_score)
             drawn = folder / names[path]
             if drawn.is_symlink():  # it may lead to somebody's original
                 raise ValueError(f"--draw {folder}: {drawn.name} there is a link; choose another")
@@ -300,7 +298,7 @@ def detect_film(model, args: argparse.Namespace) -> int:
             rows.append(as_json(f"frame {n}", image, found, classes))
             print(f"frame {n}: {in_words(rows[-1], args.min_score)}", flush=True)
             if args.draw:
-                boxes, scores, labels = (x[found.scores >= args.min_score] for x in found)
+                boxes, scores, labels = found.above(args.min_score)
                 draw_boxes(image, boxes, labels, scores, classes).save(film, "JPEG", quality=90)
     if not rows:
         raise ValueError(

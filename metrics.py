@@ -37,6 +37,11 @@ class Detections(NamedTuple):
     scores: Array  # (D,)
     labels: Array  # (D,) int64, 1.. as in the records
 
+    def above(self, min_score: float) -> Detections:
+        """Those with this score or more."""
+        keep = self.scores >= min_score
+        return Detections(*(x[keep] for x in self))
+
 
 # ------------------------------------------------------------------------------ average precision
 

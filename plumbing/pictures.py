@@ -129,9 +129,9 @@ def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) 
 
 def draw_found(record: Record, found, classes: Sequence[str], min_score: float) -> Image.Image:
     """The picture of a record: ground truth green, `Detections` from min_score on orange."""
-    image, keep = decode_pixels(open_record(record), record), found.scores >= min_score
+    image = decode_pixels(open_record(record), record)
     image = draw_boxes(image, record.boxes_xyxy, record.labels, None, classes)
-    boxes, scores, labels = (x[keep] for x in found)
+    boxes, scores, labels = found.above(min_score)
     return draw_boxes(image, boxes, labels, scores, classes)
 
 
