@@ -203,7 +203,7 @@ def test_a_device_that_is_not_here(device, tmp_path):
         (["--voc-root", "x", "--recipe", "released", "--backbone", "vgg16"],
          {"recipe": "released", "backbone": "vgg16"}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cpu"],
-         {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": None,
+         {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": "crop",
           "batch_size": 8, "lr": 0.1}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cuda"],
          {"recipe": "budget", "backbone": "root-resnet18", "width": 1.0, "augment": "ssd",
