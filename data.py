@@ -301,9 +301,7 @@ def batches(
     if not records:
         raise ValueError("no images to train on")
     if batch_size < 1 or not 0 <= rank < world:
-        raise ValueError(
-            f"batch size {batch_size}, rank {rank} of {world}: expected >= 1, 0 <= r < w"
-        )
+        raise ValueError(f"batch size {batch_size}, rank {rank} of {world}: expected >= 1, r < w")
     if not callable(augment) and augment not in AUGMENT:
         raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENT)}")
     dataset = Dataset(records, seed=seed, keep_difficult=keep_difficult, cache=cache)

@@ -158,9 +158,7 @@ def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
         base["train_sets"] = ["2007:trainval", "2007:test", "2012:trainval"]
     recipe = RECIPES[name]
     if name == "budget" and not given.device.startswith("cuda"):
-        recipe = recipe | ON_CPU
-        if given.augment:
-            recipe["flips_last"] = 0.0  # as the user said, in a run of any length
+        recipe = recipe | ON_CPU | ({"flips_last": 0.0} if given.augment else {})
     if given.init and Path(given.init).exists():  # a resumed run does not need it
         saved = read_checkpoint(given.init)["config"]  # its network is the default
         recipe = recipe | {k: v for k, v in saved.items() if k != "classes"}  # those of the data
@@ -470,10 +468,9 @@ def main(argv: list[str] | None = None) -> dict:
         return data.batches(
             train, lambda micro_step: size or work_and_size(micro_step // args.accumulate, args)[1],
             augment=lambda micro_step: augmentation(micro_step // args.accumulate, args),
-            batch_size=images, seed=args.seed,
-            start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
-            keep_difficult=args.data != "coco",  # COCO's crowds (Caffe's ssd_coco.py)
-            cache=args.cache, pin=device.type == "cuda",
+            batch_size=images, seed=args.seed, start_step=step * args.accumulate,
+            workers=args.workers, rank=rank, world=world, cache=args.cache,
+            pin=device.type == "cuda", keep_difficult=args.data != "coco",  # COCO's crowds (Caffe)
         )  # fmt: skip
 
     seconds = time_a_step(network, model, optimizer, stream, micro, args) if not checkpoint else 0

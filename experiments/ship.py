@@ -28,7 +28,7 @@ from scratchdet import load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
 NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "data")
-SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
+SAID = ("recipe", "augment", "batch_size", "lr", "iterations")  # others follow from each of these
 FIRST = 200  # images of a measurement that a test can repeat in seconds
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "
@@ -130,7 +130,8 @@ def page(card: dict, name: str) -> str:
         "| by size of the object in 300x300 | "
         + ", ".join(f"{n} {v or 0:.4f}" for n, v in all_of_it["by_size"].items())
         + " |",
-        f"| shown from a score of | {card['threshold']:.2f} (best F1) |",
+        "| shown from a score of | "
+        + (f"{card['threshold']:.2f} (best F1) |" if card["threshold"] else ".3 (none is right) |"),
         f"| SHA-256 of the tensors | `{card['sha256']}` |",
         "",
         "| class | 11-point | area |",
