@@ -81,12 +81,23 @@ def command_of(args: dict) -> str:
     return " ".join(words)
 
 
+def part(run: dict) -> dict:
+    """What a card says of one run, given its checkpoint or a shipped file."""
+    hours = (run["results"] or {}).get("cpu_minutes", 0) / 60
+    own = dict(command=command_of(run["args"]), commit=run["commit"], cpu_hours=round(hours, 3))
+    card = run.get("card", {})
+    return {key: card.get(key, value) for key, value in own.items()}
+
+
 def parts_before(init: str | None) -> list[dict]:
-    """The runs that made the file from which a run began (--init), if it was shipped."""
-    card = read_checkpoint(init).get("card") if init else None
-    if card is None:
+    """The runs that made the file from which a run began (--init): the first one first."""
+    if not init:
         return []
-    return [*card.get("before", []), {k: card[k] for k in ("command", "commit", "cpu_hours")}]
+    run = read_checkpoint(init)
+    if "args" not in run:  # another program's weights, converted
+        return []
+    before = run["card"]["before"] if "card" in run else parts_before(run["args"].get("init"))
+    return [*before, part(run)]
 
 
 def numbers(results: dict) -> dict:
@@ -173,10 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     card = {
         "before": parts_before(about.get("init")),
         "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
-        "command": command_of(about),
+        **part(run),
         "train_sets": trained, "eval_sets": tested, "images": run["images"],
-        "commit": run["commit"], "torch": run["torch"], "machine": run["machine"],
-        "seed": about["seed"], "cpu_hours": round(done["cpu_minutes"] / 60, 3),
+        "torch": run["torch"], "machine": run["machine"], "seed": about["seed"],
         "measured": numbers(results), "first": numbers(some), "seen": numbers(seen),
         "threshold": results["threshold"], "sha256": fingerprint(state),
         "measured_with": f"commit {machine.commit()}, torch {torch.__version__}",

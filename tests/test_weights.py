@@ -103,6 +103,22 @@ def test_ship(whole_run, tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_the_runs_before_are_on_the_card(whole_run, shapes_root, tmp_path):
+    """Two runs after a shipped file: the first began with it, the second with the first."""
+    first, out = tmp_path / "first.pt", tmp_path / "out.pt"
+    one = torch.load(whole_run / "last.pt")
+    torch.save(one | {"args": one["args"] | {"init": str(PHOTOS)}}, first)
+    two = one | {"args": one["args"] | {"init": str(first), "lr": 0.01}}
+    torch.save(two, tmp_path / "second.pt")
+    ship.main([str(tmp_path / "second.pt"), "--out", str(out), "--workers", "0"])
+    card, photos = read_checkpoint(out)["card"], read_checkpoint(PHOTOS)["card"]
+    assert card["before"][:-2] == photos["before"]
+    assert card["before"][-2]["command"] == photos["command"]
+    assert "--lr 0.02" in card["before"][-1]["command"]
+    assert card["before"][-1]["cpu_hours"] > 0
+    assert "--lr 0.01" in card["command"]
+
+
 def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
     halfway = torch.load(whole_run / "last.pt") | {"results": None}
     torch.save(halfway, tmp_path / "half.pt")
