@@ -40,7 +40,7 @@ def test_the_file_is_what_its_card_says(shipped):
 
 
 def test_its_map_on_the_first_images(shipped, voc_root):
-    """200 photographs of VOC2007 val; other processors round in another way, so not to the bit."""
+    """100 photographs of VOC2007 val; other processors round in another way, so not to the bit."""
     card = shipped["card"]["first"]
     records, _ = read_voc(voc_root, ["2007:val"], VOC_CLASSES)
     model, _ = load_detector(PHOTOS)
