@@ -221,35 +221,38 @@ class Batch(NamedTuple):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """dataset[epoch, index, size, augment] is one sample, for an input of size x size pixels.
+    """dataset[epoch, index, size] is one sample, for an input of size x size pixels.
 
     All its random numbers come from (seed, epoch, index), so any sample can be made again, by any
     worker, and in another size it is the same crop.
     """
 
     def __init__(
-        self, records: list[Record], *, seed: int = 0,
+        self, records: list[Record], *, seed: int = 0, augment: str = "ssd",
         keep_difficult: bool = True, cache: str | Path | None = None,
     ):  # fmt: skip
-        self.records, self.seed, self.keep_difficult = records, seed, keep_difficult
+        if augment not in AUGMENT:
+            raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENT)}")
+        self.records, self.seed, self.augment = records, seed, augment
+        self.keep_difficult = keep_difficult
         self.cache = None if cache is None else build_cache(records, cache)
         self.starts = cache_starts(records)
 
-    def __getitem__(self, key: tuple[int, int, int, str]) -> tuple:
-        epoch, index, size, augment = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+        epoch, index, size = key
         record = self.records[index]
         rng = np.random.default_rng((self.seed, epoch, index))
         boxes = (record.boxes_xyxy / np.array(record.size * 2)).clip(0.0, 1.0)  # (G, 4)
         source, colour = np.array(WHOLE), NEUTRAL
-        if augment in ("ssd", "crop"):
-            source = sample_source(boxes, rng, zoom_out=augment == "ssd")
+        if self.augment in ("ssd", "crop"):
+            source = sample_source(boxes, rng, zoom_out=self.augment == "ssd")
             colour = sample_colour(rng)
         source, part, inside, factor = snap(source, record.size, size)
         image = render(record, part, inside, factor, size, self.cached_pixels(index))
         boxes, keep = place_boxes(boxes, source)
         keep &= self.keep_difficult | ~record.difficult
         boxes, labels = boxes[keep], record.labels[keep]
-        if augment != "none" and rng.random() < 0.5:
+        if self.augment != "none" and rng.random() < 0.5:
             image, boxes = image.flip(-1), flip(boxes)
             inside = [size - inside[2], inside[1], size - inside[0], inside[3]]
         return image, inside, colour, boxes, labels, index
@@ -261,7 +264,7 @@ class Dataset(torch.utils.data.Dataset):
         (w, h), start = self.records[index].size, self.starts[index]
         return memory_map(self.cache)[start : start + w * h * 3].reshape(h, w, 3)
 
-    def __getitems__(self, keys: list[tuple[int, int, int, str]]) -> "Batch | BadData":
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> "Batch | BadData":
         try:
             samples = [self[key] for key in keys]
         except BadData as error:
@@ -286,9 +289,8 @@ def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 
 def batches(
     records: list[Record], size: int | Callable[[int], int], *, batch_size: int, seed: int,
-    augment: str | Callable[[int], str] = "ssd", start_step: int = 0, workers: int = 0,
-    rank: int = 0, world: int = 1, keep_difficult: bool = True, cache: str | Path | None = None,
-    pin: bool = False,
+    augment: str = "ssd", start_step: int = 0, workers: int = 0, rank: int = 0, world: int = 1,
+    keep_difficult: bool = True, cache: str | Path | None = None, pin: bool = False,
 ) -> Iterator[Batch]:  # fmt: skip
     """The endless stream of training batches, from `start_step` on.
 
@@ -296,22 +298,24 @@ def batches(
     p // len(records). Batch s of rank r takes the batch_size samples from (s * world + r) *
     batch_size on. So a batch may contain the end of one epoch and the start of the next, every
     batch is full, any step can be resumed, and the stream is the same for any number of workers and
-    ranks. `size` and `augment` (of AUGMENT) may be functions of the step.
+    ranks. `size` is a number, or a function of the step.
     """
     if not records:
         raise ValueError("no images to train on")
     if batch_size < 1 or not 0 <= rank < world:
-        raise ValueError(f"batch size {batch_size}, rank {rank} of {world}: expected >= 1, r < w")
-    if not callable(augment) and augment not in AUGMENT:
-        raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENT)}")
-    dataset = Dataset(records, seed=seed, keep_difficult=keep_difficult, cache=cache)
+        raise ValueError(
+            f"batch size {batch_size}, rank {rank} of {world}: expected >= 1, 0 <= r < w"
+        )
+    dataset = Dataset(
+        records, seed=seed, augment=augment, keep_difficult=keep_difficult, cache=cache
+    )
 
     def order():
         for step in itertools.count(start_step):
             first = (step * world + rank) * batch_size
             epochs = [divmod(p, len(records)) for p in range(first, first + batch_size)]
-            now = [x(step) if callable(x) else x for x in (size, augment)]
-            yield [(e, int(permutation(seed, e, len(records))[i]), *now) for e, i in epochs]
+            now = size(step) if callable(size) else size
+            yield [(e, int(permutation(seed, e, len(records))[i]), now) for e, i in epochs]
 
     return run_workers(dataset, order(), workers, pin=pin)
 
@@ -320,8 +324,8 @@ def ordered_batches(
     records: list[Record], size: int, *, batch_size: int, workers: int = 0
 ) -> Iterator[Batch]:
     """The records in their order, not augmented, for evaluation; the last batch may be smaller."""
-    dataset = Dataset(records)
-    keys = [(0, index, size, "none") for index in range(len(records))]
+    dataset = Dataset(records, augment="none")
+    keys = [(0, index, size) for index in range(len(records))]
     order = (keys[i : i + batch_size] for i in range(0, len(keys), batch_size))
     return run_workers(dataset, order, workers)
 

@@ -75,11 +75,10 @@ RECIPES = {
 # fmt: on
 # "budget" on a CPU: 25 images/s per core, where SHORT's network does 1. docs/results.md lists what
 # did not help: drops instead of the linear fall, averaged weights, half the batch, less warm-up.
-ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment="crop", batch_size=8)
+ON_CPU = dict(iterations=6_000, backbone="resnet18", width=0.25, augment=None, batch_size=8)
 # In a short run a network this narrow learns more from flips alone: mAP .235 after 37 epochs, with
 # crops .193. In a long one it learns the flipped images by heart: .87 on 205 pictures, crops .88.
-ON_CPU |= dict(flips_last=None)  # 1 in a run of fewer epochs than CROPS_FROM, else 0
-CROPS_FROM = 60
+CROPS_FROM = 60  # epochs
 # Small images first: they cost less, so the same time shows the network twice as many images.
 ON_CPU |= dict(save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
@@ -99,10 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-sets", nargs="+", metavar="SET", help="VOC: YEAR:NAME, COCO: NAME")
     add("--eval-sets", nargs="+", metavar="SET", help="the same, for the evaluation")
     add("--augment", choices=data.AUGMENT,
-        help="ssd: colour, expand, crop, flip; crop: without expand")
-    add("--flips-last", type=float, default=0.0, metavar="SHARE",
-        help="in this share of the run's work, at its end, flips alone: whole images, as in use. "
-        f"Recipe budget on a CPU: 1 in fewer than {CROPS_FROM} epochs")
+        help="ssd: colour, expand, crop, flip; crop: without expand. Recipe budget on a CPU: "
+        f"crop, in fewer than {CROPS_FROM} epochs flip")
     add("--overfit", type=int, default=0, metavar="N",
         help="train and evaluate on the first N training images")
 
@@ -158,7 +155,7 @@ def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
         base["train_sets"] = ["2007:trainval", "2007:test", "2012:trainval"]
     recipe = RECIPES[name]
     if name == "budget" and not given.device.startswith("cuda"):
-        recipe = recipe | ON_CPU | ({"flips_last": 0.0} if given.augment else {})
+        recipe = recipe | ON_CPU
     if given.init and Path(given.init).exists():  # a resumed run does not need it
         saved = read_checkpoint(given.init)["config"]  # its network is the default
         recipe = recipe | {k: v for k, v in saved.items() if k != "classes"}  # those of the data
@@ -222,12 +219,6 @@ def work_and_size(step: int, args: argparse.Namespace) -> tuple[float, int]:
     part = (step - starts[stage]) / max(1.0, starts[stage + 1] - starts[stage])
     start, end = [0.0, *work][stage : stage + 2]
     return start + (end - start) * part, sizes[stage]
-
-
-def augmentation(step: int, args: argparse.Namespace) -> str:
-    """Of step 0, 1, ...: a crop shows objects larger than they are in use, so it ends early."""
-    done = work_and_size(step, args)[0]
-    return args.augment if done < 1 - (args.flips_last or 0) else "flip"
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -467,18 +458,17 @@ def main(argv: list[str] | None = None) -> dict:
     def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:
         return data.batches(
             train, lambda micro_step: size or work_and_size(micro_step // args.accumulate, args)[1],
-            augment=lambda micro_step: augmentation(micro_step // args.accumulate, args),
-            batch_size=images, seed=args.seed, start_step=step * args.accumulate,
-            workers=args.workers, rank=rank, world=world, cache=args.cache,
-            pin=device.type == "cuda", keep_difficult=args.data != "coco",  # COCO's crowds (Caffe)
+            batch_size=images, seed=args.seed, augment=args.augment or "crop",
+            start_step=step * args.accumulate, workers=args.workers, rank=rank, world=world,
+            keep_difficult=args.data != "coco",  # COCO's crowds (Caffe's ssd_coco.py)
+            cache=args.cache, pin=device.type == "cuda",
         )  # fmt: skip
 
     seconds = time_a_step(network, model, optimizer, stream, micro, args) if not checkpoint else 0
     if args.minutes and not checkpoint:
         args.iterations = max(1, int(args.minutes * 60 / seconds))
     epochs = args.iterations * args.batch_size / len(train)
-    if args.flips_last is None:
-        args.flips_last = float(epochs < CROPS_FROM)
+    args.augment = args.augment or ("crop" if epochs >= CROPS_FROM else "flip")
     say(plan.plan(args, len(train), seconds, *costs, device))
     log = run_folder.RunLog(args, about, checkpoint, train, every=1 if device.type == "cpu" else 20)
     batches = stream(log.first, micro)  # 0, or the step of the checkpoint

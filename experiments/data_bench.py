@@ -134,7 +134,7 @@ def main(count: int = 48, rounds: int = 7) -> int:
 
         def ours(dataset, colour):
             def run(epoch, turn):
-                batch = dataset.__getitems__([(epoch, i, SIZE, "ssd") for i in turn])
+                batch = dataset.__getitems__([(epoch, i, SIZE) for i in turn])
                 return data.prepare(batch, config) if colour else batch
 
             return run

@@ -28,7 +28,7 @@ from scratchdet import load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
 NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "data")
-SAID = ("recipe", "augment", "batch_size", "lr", "iterations")  # others follow from each of these
+SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
 FIRST = 100  # images of a measurement that a test can repeat in seconds
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "

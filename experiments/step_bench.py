@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     network = train.wrap(model, args, world)
     batches = data.batches(
         records, model.config.size, batch_size=micro, seed=args.seed,
-        augment=args.augment, workers=args.workers, rank=rank, world=world,
+        augment=args.augment or "crop", workers=args.workers, rank=rank, world=world,
         cache=args.cache, pin=device.type == "cuda",
     )  # fmt: skip
     say(f"commit {machine.commit()}, {machine.hardware(device)}, {world} process(es)")

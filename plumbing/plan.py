@@ -38,7 +38,6 @@ def check_flags(args: Namespace, given: Namespace) -> None:
     check_range(args, "seed", 0, 2**63 - 1)
     check_range(args, "warmup drops", 0, 1)
     check_range(args, "minutes", 0.01)
-    check_range(args, "flips_last", 0, 1)
     if not args.out:
         raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
     if given.minutes and given.iterations:
@@ -94,13 +93,10 @@ def about_data(train: list, test: list, classes: tuple[str, ...]) -> str:
 
 def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: float, device) -> str:
     """Lines to print: what the run will do and, if a step has been timed (`seconds`), its cost."""
-    augment, last = args.augment, args.flips_last
-    if last:
-        augment = f"{augment}, flips alone in the last {last:.0%}" if last < 1 else "flip"
     text = (
         f"recipe {args.recipe}: {args.iterations:,} steps of {args.batch_size} images "
         f"({args.iterations * args.batch_size / images:.1f} epochs), learning rate {args.lr:g} "
-        f"({args.schedule}), augmentation {augment}, {'bf16' if args.bf16 else 'fp32'}"
+        f"({args.schedule}), augmentation {args.augment}, {'bf16' if args.bf16 else 'fp32'}"
     )
     if args.sizes:
         text += ", images of " + ", ".join(f"{size}" for size, _ in args.sizes) + " px"

@@ -142,7 +142,7 @@ def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Names
     if not args.resume or not last.exists():
         return args, None
     checkpoint = read_checkpoint(last)
-    saved = {"sizes": (), "flips_last": 0.0} | checkpoint["args"]  # what older runs did not have
+    saved = {"sizes": ()} | checkpoint["args"]  # older runs did not grow
     saved = {k: v for k, v in saved.items() if k not in MACHINE and hasattr(args, k)}
     args = parse_args(argv, **saved)
     for key, value in saved.items():

@@ -24,7 +24,6 @@ def voc_flags(root: Path, *more: object) -> list[str]:
 def run_flags(root: Path, out: Path, *more) -> list[str]:
     flags = ["--batch-size", 4, "--iterations", 5, "--save-every", 2, "--lr", 0.02]
     flags += ["--sizes", "160:.5", "300:1"]  # grows at the last step
-    flags += ["--augment", "crop", "--flips-last", ".7"]  # from step 3 on
     return voc_flags(root, *flags, "--out", out, *more)
 
 

@@ -328,10 +328,11 @@ def test_augmentation_differs_from_epoch_to_epoch(records):
 )
 def test_strengths_of_augmentation(records, augment, shrinks, crops, colours):
     """What 40 samples show: the space beside the image, boxes cut off by a crop, colours."""
-    dataset = data.Dataset(records[:2])
-    samples = [dataset[epoch, i, 64, augment] for i in (0, 1) for epoch in range(40)]
+    dataset = data.Dataset(records[:2], augment=augment)
+    plain = data.Dataset(records[:2], augment="none")
+    samples = [dataset[epoch, i, 64] for i in (0, 1) for epoch in range(40)]
     assert any(inside != [0, 0, 64, 64] for _, inside, *_ in samples) == shrinks
-    widest = [max(np.diff(dataset[0, i, 64, "none"][3][:, ::2])) for i in (0, 1)]
+    widest = [max(np.diff(plain[0, i, 64][3][:, ::2])) for i in (0, 1)]
     wider = [(np.diff(boxes[:, ::2]) > widest[i] + 0.05).any() for *_, boxes, _, i in samples]
     assert any(wider) == crops
     assert any(colour != data.NEUTRAL for _, _, colour, *_ in samples) == colours

@@ -100,17 +100,6 @@ def test_images_grow_and_the_rate_follows_the_work():
     assert rates[999] == pytest.approx(0.005 / 0.9)
 
 
-def test_flips_alone_at_the_end_of_the_work():
-    argv = ["--recipe", "budget", "--device", "cpu", "--iterations", "1000", "--augment", "crop"]
-    argv += ["--sizes", "100:.5", "300:1"]
-    args = train.parse_args([*argv, "--flips-last", ".25"])
-    kinds = [train.augmentation(s, args) for s in (0, 900, 949, 950, 999)]
-    assert kinds == ["crop", "crop", "crop", "flip", "flip"]
-    for share, kind in (("0", "crop"), ("1", "flip")):
-        args = train.parse_args([*argv, "--flips-last", share])
-        assert {train.augmentation(s, args) for s in (0, 500, 999)} == {kind}
-
-
 def test_priors_are_as_large_a_part_of_a_small_image():
     model = ScratchDet(Config(backbone="resnet18", width=0.125))
     whole, small = model.priors_at(300), model.priors_at(150)
@@ -188,7 +177,6 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
         ("--sizes 0:.5 300:1", "--sizes 0:0.5 300:1: expected shares that grow, to 300:1"),
         ("--sizes 160:.5 224:1", "--sizes 160:0.5 224:1: expected shares that grow, to 300:1"),
         ("--sizes 160:.5 224:.4 300:1", "--sizes 160:0.5 224:0.4 300:1: expected shares that"),
-        ("--flips-last 1.5", "--flips-last 1.5: expected 0 to 1"),
         ("--voc-root a --coco-root b", "--voc-root and --coco-root"),
     ],
 )
@@ -215,7 +203,7 @@ def test_a_device_that_is_not_here(device, tmp_path):
         (["--voc-root", "x", "--recipe", "released", "--backbone", "vgg16"],
          {"recipe": "released", "backbone": "vgg16"}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cpu"],
-         {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": "crop",
+         {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": None,
           "batch_size": 8, "lr": 0.1}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cuda"],
          {"recipe": "budget", "backbone": "root-resnet18", "width": 1.0, "augment": "ssd",
