@@ -83,10 +83,10 @@ def command_of(args: dict) -> str:
 
 def part(run: dict) -> dict:
     """What a card says of one run, given its checkpoint or a shipped file."""
+    if "card" in run:
+        return {key: run["card"][key] for key in ("command", "commit", "cpu_hours")}
     hours = (run["results"] or {}).get("cpu_minutes", 0) / 60
-    own = dict(command=command_of(run["args"]), commit=run["commit"], cpu_hours=round(hours, 3))
-    card = run.get("card", {})
-    return {key: card.get(key, value) for key, value in own.items()}
+    return dict(command=command_of(run["args"]), commit=run["commit"], cpu_hours=round(hours, 3))
 
 
 def parts_before(init: str | None) -> list[dict]:
@@ -96,8 +96,9 @@ def parts_before(init: str | None) -> list[dict]:
     run = read_checkpoint(init)
     if "args" not in run:  # another program's weights, converted
         return []
-    before = run["card"]["before"] if "card" in run else parts_before(run["args"].get("init"))
-    return [*before, part(run)]
+    if "card" in run:
+        return [*run["card"].get("before", []), part(run)]
+    return [*parts_before(run["args"].get("init")), part(run)]
 
 
 def numbers(results: dict) -> dict:

@@ -67,7 +67,8 @@ def test_parts_of_a_batch_learn_what_the_whole_does(model, memory):
         ours = in_parts(model, images, parts)
         assert float(ours[0]) == pytest.approx(float(loss), rel=1e-6)
         assert distance(ours[1], gradients) < 1e-5
-        assert distance(ours[2], buffers) < 1e-12  # BatchNorm's
+        # BatchNorm's running statistics, and how often they were updated
+        assert distance(ours[2], buffers) < 1e-12
 
 
 @pytest.mark.parametrize("bf16", [False, True])

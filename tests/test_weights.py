@@ -103,7 +103,7 @@ def test_ship(whole_run, tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_the_runs_before_are_on_the_card(whole_run, shapes_root, tmp_path):
+def test_the_runs_before_are_on_the_card(whole_run, tmp_path):
     """Two runs after a shipped file: the first began with it, the second with the first."""
     first, out = tmp_path / "first.pt", tmp_path / "out.pt"
     one = torch.load(whole_run / "last.pt")
