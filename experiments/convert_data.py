@@ -122,7 +122,7 @@ def write_yolo(out: Path, sets: dict[str, list[Picture]], classes: tuple[str, ..
     folders = {"train": first, "val": last} | {name: name for name in sets}
     lines = [f"{key}: {name}.txt\n" for key, name in folders.items()]
     names = ["  {}: '{}'\n".format(n, name.replace("'", "''")) for n, name in enumerate(classes)]
-    write(out / "data.yaml", f"path: .\n{''.join(lines)}names:\n{''.join(names)}")
+    write(out / "data.yaml", f"{''.join(lines)}names:\n{''.join(names)}")
     return out / "images"
 
 

@@ -29,13 +29,31 @@ def test_peer_sees_the_same_pixels_and_boxes():
     assert two["boxes"][0].tolist() == [0, 0, 150, 300]
 
 
+def test_peers_learn_by_their_own_recipes():
+    """references/detection: a warm-up from a thousandth, then tenths at 80 and 110 of 120 epochs,
+    or a cosine to zero."""
+    steps, cosine = peer_run.PEERS["ssd300_vgg16"], peer_run.PEERS["ssdlite320_mobilenet_v3_large"]
+    for peer in (steps, cosine):
+        assert peer_run.learning_rate(0, 12_000, 501, peer) == pytest.approx(0.001)
+    shares = [
+        peer_run.learning_rate(s, 12_000, 501, steps) for s in (500, 7999, 8000, 10999, 11000)
+    ]
+    assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    shares = [peer_run.learning_rate(s, 12_000, 501, cosine) for s in (4000, 6000, 12_000)]
+    assert shares == pytest.approx([0.75, 0.5, 0])
+
+
 def test_the_parts_of_a_step_are_timed(shapes_root, tmp_path, capsys):
     step_bench.main(run_flags(shapes_root, tmp_path))
     said = capsys.readouterr().out
     assert all(part in said for part in step_bench.PARTS)
 
 
-def test_without_torchvision_there_is_no_peer(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)
-    with pytest.raises(ValueError, match="pip install torchvision"):
-        peer_run.main(["--voc-root", "anywhere"])
+@pytest.mark.parametrize(
+    ("peer", "module"),
+    [("ssd300_vgg16", "torchvision.models.detection"), ("yolo11n", "ultralytics")],
+)
+def test_a_peer_that_is_not_installed(peer, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"--peer {peer}: .* pip install {module.split('.')[0]}"):
+        peer_run.main(["--voc-root", "anywhere", "--peer", peer])
