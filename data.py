@@ -47,7 +47,7 @@ from plumbing.workers import run_workers
 
 # ------------------------------------------------------------------------------ augmentation
 
-AUGMENT = ("ssd", "crop", "flip", "none")  # all of SSD's; all but expand; only flips; nothing
+AUGMENT = ("ssd", "crop", "flip", "none")  # all of SSD's; ours, milder; only flips; nothing
 MIN_IOUS = np.array([0.1, 0.3, 0.5, 0.7, 0.9])  # of samplers 1 to 5 of `crop`
 TRIALS = 50  # random crops per sampler; all that miss its IoU are rejected
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # xyxy: the whole image
@@ -122,7 +122,13 @@ def flip(boxes_xyxy: np.ndarray) -> np.ndarray:
 def sample_source(
     boxes_xyxy: np.ndarray, rng: np.random.Generator, *, zoom_out: bool = True
 ) -> np.ndarray:
-    """Expand, then crop: the part of the image that the network sees, (4,) xyxy in its units."""
+    """Expand, then crop: the part of the image that the network sees, (4,) xyxy in its units.
+
+    Without `zoom_out` half of the images stay whole, and only the others are cropped: not SSD's,
+    which shows objects smaller as often as larger.
+    """
+    if not zoom_out and rng.random() < 0.5:
+        return np.array(WHOLE)
     canvas = expand(rng) if zoom_out else np.array(WHOLE)
     corner, side = canvas[:2], canvas[2:] - canvas[:2]
     boxes, keep = place_boxes(boxes_xyxy, canvas)

@@ -339,6 +339,16 @@ def test_strengths_of_augmentation(records, augment, shrinks, crops, colours):
     assert len({boxes.tobytes() for *_, boxes, _, i in samples if i == 0}) > 1
 
 
+def test_half_of_the_images_stay_whole_without_expand():
+    """Ours, not SSD's: one of two, and of the others those whose sampler keeps the whole."""
+    boxes, rng = np.array([[0.3, 0.3, 0.7, 0.7]]), np.random.default_rng(0)
+    sources = np.array([data.sample_source(boxes, rng, zoom_out=False) for _ in range(2000)])
+    whole = (sources == data.WHOLE).all(axis=1)
+    assert whole.mean() == pytest.approx(1 / 2 + 1 / 2 / 7, abs=0.04)
+    assert sources.min() >= 0
+    assert sources.max() <= 1
+
+
 def test_ranks_share_the_stream_of_one_process(records):
     whole = list(islice(batches(records, 64, batch_size=4, seed=3), 4))
     for rank in (0, 1):
