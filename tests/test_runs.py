@@ -443,7 +443,7 @@ def test_a_long_run_on_a_cpu_takes_crops(iterations, wanted, shapes_root, tmp_pa
     """8 images of 12 are two thirds of an epoch. What was chosen stays, in a resumed run too."""
     monkeypatch.setattr(train, "CROPS_FROM", 1)
     flags = [*data_flags(shapes_root)[:-2], *FAST, "--recipe", "budget"]  # without --augment
-    flags += ["--sizes", "160:.9", "300:1", "--out", str(tmp_path / "run")]
+    flags += ["--batch-size", "8", "--sizes", "160:.9", "300:1", "--out", str(tmp_path / "run")]
     train.main([*flags, "--iterations", str(iterations)])
     assert json.loads((tmp_path / "run/run.json").read_text())["args"]["augment"] == wanted
     assert read_checkpoint(tmp_path / "run/last.pt")["args"]["augment"] == wanted
