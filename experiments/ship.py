@@ -6,6 +6,9 @@ The file has the network's Config, its weights, the run's arguments without path
 card says what the network was trained on and how, what it reaches, what it cannot do, and on what
 terms. Everything is measured anew, on the weights as they are in the file. The card is also written
 as a page beside it, README.md. `detect.py` takes weights/photos.pt by default.
+
+`--average FILE ...` ships the mean of this checkpoint's weights and theirs: runs that began from
+the same weights can be better together than each alone (Wortsman et al. 2022, "Model soups").
 """
 
 import argparse
@@ -47,6 +50,18 @@ TERMS = (
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of convolutions as fp16; BatchNorm stays fp32: its variances may exceed 65,504."""
     return {k: v.half() if v.dim() == 4 else v.clone() for k, v in state.items()}
+
+
+def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several networks' weights and statistics; counters are the first one's."""
+    first, *others = states
+    if any({k: v.shape for k, v in s.items()} != {k: v.shape for k, v in first.items()}
+           for s in others):  # fmt: skip
+        raise ValueError("--average: expected checkpoints of the same network and classes")
+    return {
+        k: torch.stack([s[k].float() for s in states]).mean(0) if v.is_floating_point() else v
+        for k, v in first.items()
+    }
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
@@ -111,6 +126,15 @@ def numbers(results: dict) -> dict:
     }
 
 
+def beside(card: dict) -> list[str]:
+    """The runs whose weights are averaged with the last one's: "run 5", or a command."""
+    numbers = {str(p): f"run {n}'s" for n, p in enumerate(card.get("before", []), start=1)}
+    return [
+        numbers.get(str(p)) or f"`{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} hours"
+        for p in card.get("averaged", [])
+    ]
+
+
 def page(card: dict, name: str) -> str:
     """The card as a page of Markdown."""
     all_of_it, config = card["measured"], card["network"]
@@ -131,6 +155,7 @@ def page(card: dict, name: str) -> str:
         ),
         f"| command{', each from the weights before (--init)' * bool(card.get('before'))} | "
         f"`{card['command']}` |",
+        *(f"| its weights are averaged with | {text} |" for text in beside(card)),
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
         f"| cost | {card['cpu_hours']:.2f} CPU hours on {card['machine']} |",
         f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
@@ -159,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("checkpoint", help="of train.py, at the end of its run")
     add_eval_flags(parser)
+    parser.add_argument("--average", nargs="+", default=[], metavar="FILE", help="with these")
     parser.add_argument("--out", required=True, metavar="FILE", help="such as weights/NAME.pt")
     args = parser.parse_args(argv)
     check_eval_flags(args)
@@ -167,7 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     config, about, done = run["config"], run["args"], run.get("results")
     if not done:
         raise ValueError(f"{args.checkpoint}: step {run['step']}, not the end of a run: no results")
-    model.load_state_dict(halved(run["model"]))  # what is measured is what is shipped
+    others = [read_checkpoint(file) for file in args.average]
+    state = halved(averaged([run["model"], *(other["model"] for other in others)]))
+    model.load_state_dict(state)  # what is measured is what is shipped
 
     def measure(sets: list[str], first: int | None = None) -> dict:
         args.eval_sets = sets
@@ -181,9 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     tested, trained = args.eval_sets or about["eval_sets"], about["train_sets"]
     results, some = measure(tested), measure(tested, FIRST)
     seen = measure(trained[:1], results["images"])
-    state = halved(run["model"])
     card = {
-        "before": parts_before(about.get("init")),
+        "before": parts_before(about.get("init")), "averaged": [part(other) for other in others],
         "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
         **part(run),
         "train_sets": trained, "eval_sets": tested, "images": run["images"],
