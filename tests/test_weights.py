@@ -119,6 +119,22 @@ def test_the_runs_before_are_on_the_card(whole_run, tmp_path):
     assert "--lr 0.01" in card["command"]
 
 
+def test_the_mean_of_two_runs(whole_run, tmp_path):
+    """--average: every weight and statistic is the mean, and the card says of which runs."""
+    one, first, out = torch.load(whole_run / "last.pt"), tmp_path / "first.pt", tmp_path / "out.pt"
+    other = {k: v + 0.5 if v.is_floating_point() else v for k, v in one["model"].items()}
+    torch.save(one | {"model": other}, first)
+    torch.save(one | {"args": one["args"] | {"init": str(first)}}, tmp_path / "second.pt")
+    flags = [str(tmp_path / "second.pt"), "--out", str(out), "--workers", "0", "--average"]
+    ship.main([*flags, str(first)])
+    for name, tensor in read_checkpoint(out)["model"].items():
+        mean = one["model"][name] + (0.25 if tensor.is_floating_point() else 0)
+        torch.testing.assert_close(tensor.float(), mean.float(), rtol=1e-3, atol=1e-3)
+    assert "averaged with | run 1's |" in out.with_name("README.md").read_text()
+    with pytest.raises(ValueError, match="--average: expected checkpoints of the same network"):
+        ship.main([*flags, str(PHOTOS)])  # it has other classes
+
+
 def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
     halfway = torch.load(whole_run / "last.pt") | {"results": None}
     torch.save(halfway, tmp_path / "half.pt")
