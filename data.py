@@ -124,12 +124,11 @@ def sample_source(
 ) -> np.ndarray:
     """Expand, then crop: the part of the image that the network sees, (4,) xyxy in its units.
 
-    Without `zoom_out` half of the images stay whole, and only the others are cropped: not SSD's,
-    which shows objects smaller as often as larger.
+    Without `zoom_out` (ours, not SSD's) half of the images are not cropped either: they stay whole.
     """
-    if not zoom_out and rng.random() < 0.5:
-        return np.array(WHOLE)
     canvas = expand(rng) if zoom_out else np.array(WHOLE)
+    if not zoom_out and rng.random() < 0.5:
+        return canvas
     corner, side = canvas[:2], canvas[2:] - canvas[:2]
     boxes, keep = place_boxes(boxes_xyxy, canvas)
     part = crop(boxes[keep], rng)

@@ -129,6 +129,19 @@ def write_yolo(out: Path, sets: dict[str, list[Picture]], classes: tuple[str, ..
 WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo}
 READERS = {"voc": read_voc, "coco": read_coco, "yolo": read_yolo}
 
+
+def write_set(
+    to: str, out: Path, sets: dict[str, list[Picture]], classes: tuple[str, ...], link: bool = False
+) -> list[Path]:
+    """Writes labels and pictures to `out` in the format `to` -> the paths of their originals."""
+    folder = WRITERS[to](out, sets, classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {p.file: p.record.path for some in sets.values() for p in some}
+    for file, path in sources.items():
+        (os.link if link else shutil.copyfile)(path, folder / to_disk(file))
+    return list(sources.values())
+
+
 # ------------------------------------------------------------------------------ the command
 
 
@@ -211,15 +224,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{difficult} objects are difficult, which {args.to.upper()} has no mark for: they "
               "become objects like others")  # fmt: skip
     pictures = name_pictures({name.translate(SAFE): some for name, some in sets.items()})
-    folder = WRITERS[args.to](out, pictures, classes)
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = {p.file: p.record.path for some in pictures.values() for p in some}
+    sources = write_set(args.to, out, pictures, classes, args.link)
     turned = 0
-    for file, path in sources.items():
-        (os.link if args.link else shutil.copyfile)(path, folder / to_disk(file))
-        if args.to == "yolo":
-            with open_image(path) as image:
-                turned += exif_orientation(image) in range(2, 9)
+    for path in sources if args.to == "yolo" else ():
+        with open_image(path) as image:
+            turned += exif_orientation(image) in range(2, 9)
     if turned:
         print(f"{turned} pictures are turned by their EXIF: YOLO tools differ in what they do then")
     objects = sum(len(p.record.labels) for some in pictures.values() for p in some)

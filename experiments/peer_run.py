@@ -9,14 +9,13 @@ same pictures as `experiments.convert` writes them. Our evaluation measures all 
 `train.py --minutes` with the same sets is the other half of the comparison.
 
 Ctrl-C and SIGTERM save; --resume goes on (torchvision's). OUT/results.json as train.py's, with the
-CPU minutes of all processes. Needs torchvision, or ultralytics.
+CPU minutes since the last start. Needs torchvision, or ultralytics.
 """
 
 import argparse
 import importlib
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 import data
 import eval as evaluation
-from experiments.convert_data import name_pictures, write_yolo
+from experiments.convert_data import name_pictures, write_set
 from metrics import Detections, summarise
 from ops.reference import per_channel
 from plumbing import machine, plan
@@ -168,11 +167,7 @@ def train_ultralytics(module, args, records, test, classes) -> list[Detections]:
     """Ultralytics' network and training, from random weights; its detections in `test`."""
     out, tree = Path(args.out).resolve(), Path(args.out).resolve() / "yolo"
     if not tree.exists():
-        pictures = name_pictures({"train": records, "val": test})
-        images = write_yolo(tree, pictures, classes)
-        images.mkdir()
-        for picture in {p.file: p for some in pictures.values() for p in some}.values():
-            shutil.copyfile(picture.record.path, images / picture.file)
+        write_set("yolo", tree, name_pictures({"train": records, "val": test}), classes)
     model = module.YOLO(f"{args.peer}.yaml")
     model.train(
         data=str(tree / "data.yaml"), imgsz=320, time=args.minutes / 60, batch=args.batch_size,

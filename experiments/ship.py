@@ -54,13 +54,12 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several networks' weights and statistics; counters are the first one's."""
-    first, *others = states
-    if any({k: v.shape for k, v in s.items()} != {k: v.shape for k, v in first.items()}
-           for s in others):  # fmt: skip
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if shapes.count(shapes[0]) < len(shapes):
         raise ValueError("--average: expected checkpoints of the same network and classes")
     return {
         k: torch.stack([s[k].float() for s in states]).mean(0) if v.is_floating_point() else v
-        for k, v in first.items()
+        for k, v in states[0].items()
     }
 
 
@@ -127,10 +126,10 @@ def numbers(results: dict) -> dict:
 
 
 def beside(card: dict) -> list[str]:
-    """The runs whose weights are averaged with the last one's: "run 5", or a command."""
-    numbers = {str(p): f"run {n}'s" for n, p in enumerate(card.get("before", []), start=1)}
+    """The runs whose weights are averaged with the last one's: "run 5's", or a command."""
+    names = {str(p): f"run {n}'s" for n, p in enumerate(card.get("before", []), start=1)}
     return [
-        numbers.get(str(p)) or f"`{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} hours"
+        names.get(str(p)) or f"`{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} hours"
         for p in card.get("averaged", [])
     ]
 

@@ -79,6 +79,8 @@ def test_a_round_trip_over_all_formats(voc, tmp_path, capsys):
     assert names == classes
     equal(old, new, difficult=False)
     assert sorted(path.name for path in (yolo / "images").iterdir()) == ["a.jpg", "b.jpg"]
+    # Ultralytics takes a relative `path` from the current folder, and none from that of data.yaml.
+    assert "path:" not in (yolo / "data.yaml").read_text()
     again = convert("coco", tmp_path / "c2", "--yolo-root", yolo, "--sets", "trainval", "--link")
     equal(old, read_coco(again, ["trainval"])[0], difficult=False)
 
