@@ -58,7 +58,7 @@ def expand(rng: np.random.Generator) -> np.ndarray:
     """Zoom out: half of the time, a canvas whose sides are 1 to 4 times the image's, at random.
 
     -> (4,) xyxy in units of the image; (0, 0, 1, 1) is the image itself (Caffe ExpandImage).
-    [-1, 0, 1, 2]: the image is the right upper quarter of the canvas.
+    [-1, 0, 1, 2]: the image is the top right quarter of the canvas.
     """
     if rng.random() < 0.5:
         return np.array(WHOLE)
@@ -79,8 +79,8 @@ def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.array(WHOLE)
     u = rng.random((4, len(MIN_IOUS) * TRIALS + 1))
     scale = 0.3 + 0.7 * u[0]
-    # An aspect for which the crop would not fit is clamped, as in Caffe, not sampled again. So many
-    # crops are exactly as wide or as high as the canvas.
+    # An aspect for which the crop would not fit is clamped, as in Caffe, not sampled again.
+    # Therefore many crops are exactly as wide or as high as the canvas.
     aspect = (0.5 + 1.5 * u[1]).clip(scale**2, scale**-2.0)
     sides = scale[:, None] * np.stack([aspect, 1 / aspect], axis=1) ** 0.5  # (K, 2) width, height
     sides = sides.clip(max=1.0)  # rounding may exceed 1
@@ -104,7 +104,7 @@ def place_boxes(boxes_xyxy: np.ndarray, source_xyxy: np.ndarray) -> tuple[np.nda
     """Boxes of the image in units of the source rectangle: (G, 4), (4,) -> (G, 4), kept (G,) bool.
 
     Boxes are clipped to the rectangle. A box is kept if its centre lies inside (Caffe's emit
-    constraint CENTER) and some of its area is left; perhaps none is.
+    constraint CENTER) and some of its area is left. The result may be empty.
     """
     corner, size = source_xyxy[:2], source_xyxy[2:] - source_xyxy[:2]
     centre = ((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2 - corner) / size

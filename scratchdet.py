@@ -162,7 +162,7 @@ class BasicBlock(nn.Module):
 
 
 def channel_rounding(width: float):
-    """c -> c * width, rounded up to a multiple of 16: fast in vector units; oneDNN fails on 8."""
+    """c -> c * width, rounded up to a multiple of 16: vector units like it, oneDNN fails on 8."""
     return lambda c: 16 * math.ceil(c * width / 16)
 
 
@@ -314,7 +314,7 @@ class VGG16(nn.Module):
 # The backbones: BODIES[name](config) is a module that turns images into maps of `.channels`
 # channels. It has `.maps_300` if its maps of a 300x300 image are not MAPS_300, and `.head_kernels`
 # if its head is not 3x3. The networks that the paper compares with add themselves to this table:
-# experiments/baselines.py. A backbone of your own does, too: one more entry.
+# experiments/baselines.py. For a backbone of your own, add an entry.
 BODIES = {name: ResNet for name in RESNETS} | {"vgg16": VGG16}
 # Options that only some backbones have. Config refuses an option that would have no effect.
 TAKES = {name: ("stem", "extras") for name in RESNETS} | {"vgg16": ("l2_norm",)}

@@ -1,6 +1,6 @@
 """Other detectors from random weights, on the same images in the same time.
 
-    python -m experiments.peer_run --voc-root DIR --minutes 15 [--peer NAME] [--out runs/peer]
+    python -m experiments.peer_run --voc-root DIR --minutes 15 [--peer NAME] [--out DIR]
 
 torchvision's SSD300-VGG16 and SSDLite: its network, priors, loss and post-processing, and the
 recipe of its references/detection, as in PEERS. Our batches feed them (their augmentation is SSD's,
@@ -16,6 +16,7 @@ import argparse
 import importlib
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,9 +166,12 @@ def train_torchvision(module, args, records, test, classes) -> list[Detections] 
 
 def train_ultralytics(module, args, records, test, classes) -> list[Detections]:
     """Ultralytics' network and training, from random weights; its detections in `test`."""
-    out, tree = Path(args.out).resolve(), Path(args.out).resolve() / "yolo"
+    out = Path(args.out).resolve()
+    tree = out / "yolo"
     if not tree.exists():
-        write_set("yolo", tree, name_pictures({"train": records, "val": test}), classes)
+        shutil.rmtree(part := out / "yolo.part", ignore_errors=True)  # of a run that was stopped
+        write_set("yolo", part, name_pictures({"train": records, "val": test}), classes)
+        part.rename(tree)
     model = module.YOLO(f"{args.peer}.yaml")
     model.train(
         data=str(tree / "data.yaml"), imgsz=320, time=args.minutes / 60, batch=args.batch_size,
@@ -203,9 +207,10 @@ def main(argv: list[str] | None = None) -> dict:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=500, metavar="STEPS", help="torchvision's peers")
-    add("--out", default="runs/peer")
+    add("--out", metavar="DIR", help="default: runs/PEER")
     add("--resume", action="store_true")
     args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{args.peer}"
     module = import_peer(args.peer)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True

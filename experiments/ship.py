@@ -136,7 +136,8 @@ def beside(card: dict) -> list[str]:
 
 def page(card: dict, name: str) -> str:
     """The card as a page of Markdown."""
-    all_of_it, config = card["measured"], card["network"]
+    all_of_it, config, before = card["measured"], card["network"], card.get("before", [])
+    hours = sum(run["cpu_hours"] for run in (*before, card))
     lines = [
         f"# {name}",
         "",
@@ -147,16 +148,16 @@ def page(card: dict, name: str) -> str:
         "| | |",
         "|---|---|",
         f"| network | {config}; {card['bytes'] / 1e6:.1f} MB, convolutions in fp16 |",
-        f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images |",
+        f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images; "
+        f"{len(before) + 1} run{'s, each from the weights before (--init)' * bool(before)} |",
         *(
             f"| run {n} | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours |"
-            for n, p in enumerate(card.get("before", []), start=1)
+            for n, p in enumerate(before, start=1)
         ),
-        f"| command{', each from the weights before (--init)' * bool(card.get('before'))} | "
-        f"`{card['command']}` |",
+        f"| run {len(before) + 1} | `{card['command']}` |",
         *(f"| its weights are averaged with | {text} |" for text in beside(card)),
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
-        f"| cost | {card['cpu_hours']:.2f} CPU hours on {card['machine']} |",
+        f"| cost | {hours:.2f} CPU hours in all; the last run on {card['machine']} |",
         f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
         f"**{all_of_it['mAP_11point']:.4f}** 11-point, {all_of_it['mAP_area']:.4f} area |",
         f"| the same, the first {card['first']['images']} images | "
