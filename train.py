@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None, **defaults) -> argparse.Namespace:
     left_open = {"lr": None, "iterations": None}  # scale_to_batch_size fills them in
     parser.set_defaults(**(base | recipe | left_open | defaults))
     args = parser.parse_args(argv)  # --help ends here, and shows the recipe's numbers
-    if args.sizes and not given.sizes:  # the recipe's end at 300 pixels
+    if args.sizes and not given.sizes and "sizes" not in defaults:  # the recipe's end at 300 pixels
         args.sizes = tuple((round(size * args.size / 300), share) for size, share in args.sizes)
     plan.check_flags(args, given)
     if args.overfit:

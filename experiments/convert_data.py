@@ -3,8 +3,9 @@
     python -m experiments.convert --to yolo --out mine-yolo --voc-root mydata --classes auto
     python -m experiments.convert --to coco --out voc-coco --voc-root VOCdevkit --sets 2007:test
 
-All sets that there are, or those named, with the flags of train.py for the data. Pictures are
-copied, each once, whatever the number of its sets:
+All sets that there are, or those named, with the flags of train.py for the data. The first one
+named is to train on, the last one to measure on. Pictures are copied, each once, whatever the
+number of its sets:
 
     voc     JPEGImages/, Annotations/, ImageSets/Main/SET.txt
     coco    images/, annotations/instances_SET.json
@@ -18,6 +19,7 @@ out, as in training, and the area of COCO's outlines stays in COCO.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -145,6 +147,16 @@ def write_set(
 # ------------------------------------------------------------------------------ the command
 
 
+def training_first(sets: list[str]) -> list[str]:
+    """The set to train on first, the one to measure on last, if their names say so."""
+    roles = {re.sub("[^a-z]", "", name.lower()): name for name in reversed(sets)}
+    for pair in (("train", "val"), ("train", "valid"), ("trainval", "test"), ("train", "test")):
+        if set(pair) <= set(roles):
+            first, last = (roles[role] for role in pair)
+            return [first, *(name for name in sets if name not in (first, last)), last]
+    return sets
+
+
 def read_sets(args: argparse.Namespace, found: Findings) -> tuple[dict, tuple[str, ...]]:
     """{set: its records} and the class names, which all sets share."""
     read = {name: open_data(args, [name], findings=found) for name in args.sets}
@@ -214,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     out, found = Path(args.out), Findings(drop=args.drop_bad)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out}: it is not empty; name a new folder")
-    args.sets = args.sets or sets_there(args)
+    args.sets = args.sets or training_first(sets_there(args))
     sets, classes = read_sets(args, found)
     difficult = sum(int(r.difficult.sum()) for records in sets.values() for r in records)
     if difficult and kind_of(args) == "coco":

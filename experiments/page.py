@@ -284,9 +284,14 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
     args = parser.parse_args(argv)
     images = args.images or []
+    if args.eval_sets and kind_of(args) == "shapes":
+        raise ValueError(
+            "--eval-sets: of which data? Expected --voc-root DIR or another root beside"
+        )
     if not images and kind_of(args) != "shapes":
-        model, checkpoint = load_detector(args.checkpoint)
-        records = open_test_set(args, checkpoint.get("args") or {}, model.config.classes)
+        read = read_page if Path(args.checkpoint).suffix == ".html" else load_detector
+        model, run = read(args.checkpoint)
+        records = open_test_set(args, run.get("args") or {}, model.config.classes)
         images = [record for record in records if len(record.labels)][:PICTURES]
     write_page(args.checkpoint, args.out, images)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")

@@ -3,10 +3,11 @@
     python -m experiments.peer_run --voc-root DIR --minutes 15 [--peer NAME] [--out DIR]
 
 torchvision's SSD300-VGG16 and SSDLite: its network, priors, loss and post-processing, and the
-recipe of its references/detection, as in PEERS. Our batches feed them (their augmentation is SSD's,
-too). Ultralytics' YOLO, by name (yolo11n): its own training from its own file, 320 pixels, on the
-same pictures as `experiments.convert` writes them. Our evaluation measures all of them.
-`train.py --minutes` with the same sets is the other half of the comparison.
+recipe of its references/detection, as in PEERS. Our batches feed them: --augment is SSD's by
+default, which is SSD300's own; SSDLite's own has crops and flips alone. Ultralytics' YOLO, by name
+(yolo11n): its own training from its own file, 320 pixels, on the same pictures as
+`experiments.convert` writes them. Our evaluation measures all of them. `train.py --minutes` with
+the same sets is the other half of the comparison.
 
 Ctrl-C and SIGTERM save; --resume goes on (torchvision's). OUT/results.json as train.py's, with the
 CPU minutes since the last start. Needs torchvision, or ultralytics.
@@ -16,7 +17,6 @@ import argparse
 import importlib
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,10 +168,9 @@ def train_ultralytics(module, args, records, test, classes) -> list[Detections]:
     """Ultralytics' network and training, from random weights; its detections in `test`."""
     out = Path(args.out).resolve()
     tree = out / "yolo"
-    if not tree.exists():
-        shutil.rmtree(part := out / "yolo.part", ignore_errors=True)  # of a run that was stopped
-        write_set("yolo", part, name_pictures({"train": records, "val": test}), classes)
-        part.rename(tree)
+    if tree.exists():
+        raise ValueError(f"--out {args.out}: a run was there before; name a new folder")
+    write_set("yolo", tree, name_pictures({"train": records, "val": test}), classes)
     model = module.YOLO(f"{args.peer}.yaml")
     model.train(
         data=str(tree / "data.yaml"), imgsz=320, time=args.minutes / 60, batch=args.batch_size,

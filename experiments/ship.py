@@ -27,12 +27,13 @@ from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import check_file, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
-from scratchdet import load_detector
+from scratchdet import Config, load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
-NOT_SAID = (*PATHS, "resume", "device", "workers", "save_every", "eval_every", "data")
+NOT_SAID = (*PATHS, "minutes", "resume", "device", "workers", "save_every", "eval_every", "data")
 SAID = ("recipe", "batch_size", "lr", "iterations")  # the last two follow the batch size otherwise
 FIRST = 100  # images of a measurement that a test can repeat in seconds
+WRITTEN = "Written by `python -m experiments.ship`."
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "
     "of them.",
@@ -54,9 +55,6 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several networks' weights and statistics; counters are the first one's."""
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-    if shapes.count(shapes[0]) < len(shapes):
-        raise ValueError("--average: expected checkpoints of the same network and classes")
     return {
         k: torch.stack([s[k].float() for s in states]).mean(0) if v.is_floating_point() else v
         for k, v in states[0].items()
@@ -73,10 +71,12 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 def command_of(args: dict) -> str:
     """The command of a run: the flags that differ from the defaults of its recipe."""
-    root = f"--{args['data']}-root"
-    default = vars(train.parse_args([root, "DIR", "--recipe", args["recipe"], "--device", "cpu"]))
+    root = [] if args["data"] == "shapes" else [f"--{args['data']}-root", "DIR"]
+    default = vars(train.parse_args([*root, "--recipe", args["recipe"], "--device", "cpu"]))
     flags = {action.dest for action in train.make_parser()._actions}
-    words = ["python train.py", root, "DIR"]
+    words = ["python train.py", *root]
+    if args.get("classes"):
+        words += ["--classes", "auto" if args["classes"] == "auto" else "FILE"]
     for name in ("recipe", *sorted(set(args) & set(default) - {"recipe"})):
         value = args[name]
         if name in NOT_SAID or (value == default[name] and name not in SAID):
@@ -141,7 +141,7 @@ def page(card: dict, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        f"Written by `python -m experiments.ship`. A detector of {len(all_of_it['per_class'])} "
+        f"{WRITTEN} A detector of {len(all_of_it['per_class'])} "
         "classes, trained from random weights, without a GPU. Same facts in the file: "
         f'`torch.load("{name}")["card"]`.',
         "",
@@ -188,12 +188,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="such as weights/NAME.pt")
     args = parser.parse_args(argv)
     check_eval_flags(args)
-    check_file(args.out, args.checkpoint)
+    check_file(args.out, args.checkpoint, *args.average)
+    readme = Path(args.out).with_name("README.md")
+    if readme.exists() and WRITTEN not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"{readme}: would be overwritten; choose another folder for --out")
     model, run = load_detector(args.checkpoint, args.device)
-    config, about, done = run["config"], run["args"], run.get("results")
-    if not done:
-        raise ValueError(f"{args.checkpoint}: step {run['step']}, not the end of a run: no results")
+    config, about = run["config"], run["args"]
     others = [read_checkpoint(file) for file in args.average]
+    for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
+        if not one.get("results"):
+            raise ValueError(f"{file}: step {one['step']}, not the end of a run: no results")
+        if Config.from_dict(one["config"]) != model.config:
+            raise ValueError(
+                f"--average {file}: another network, or other classes, than {args.checkpoint}"
+            )
+    before, averaged_with = parts_before(about.get("init")), [part(other) for other in others]
+    this = part(run)
     state = halved(averaged([run["model"], *(other["model"] for other in others)]))
     model.load_state_dict(state)  # what is measured is what is shipped
 
@@ -210,9 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     results, some = measure(tested), measure(tested, FIRST)
     seen = measure(trained[:1], results["images"])
     card = {
-        "before": parts_before(about.get("init")), "averaged": [part(other) for other in others],
+        "before": before, "averaged": averaged_with, **this,
         "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
-        **part(run),
         "train_sets": trained, "eval_sets": tested, "images": run["images"],
         "torch": run["torch"], "machine": run["machine"], "seed": about["seed"],
         "measured": numbers(results), "first": numbers(some), "seen": numbers(seen),
@@ -227,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     torch.save(shipped, out)
     card["bytes"] = out.stat().st_size  # the file itself does not say it
-    out.with_name("README.md").write_text(page(card, out.name), encoding="utf-8")
+    readme.write_text(page(card, out.name), encoding="utf-8")
     print(f"{out}: {card['bytes'] / 1e6:.2f} MB, mAP {results['mAP']:.4f}; {out.parent}/README.md")
 
 

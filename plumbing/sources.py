@@ -83,9 +83,9 @@ def kind_of(args: Namespace, default: str = "shapes") -> str:
 
 
 def make_absolute(args: Namespace) -> None:
-    """Writes the roots, and the file of --classes, as absolute paths."""
-    for name in ("voc_root", "coco_root", "yolo_root", "classes"):
-        if getattr(args, name) not in (None, "", "auto"):
+    """Writes the roots, and the files of --classes and --init, as absolute paths."""
+    for name in ("voc_root", "coco_root", "yolo_root", "classes", "init"):
+        if getattr(args, name, None) not in (None, "", "auto"):
             setattr(args, name, str(Path(getattr(args, name)).absolute()))
 
 

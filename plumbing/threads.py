@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import ops
 from ops.jit import BuildError, build
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 THREADS = torch.get_num_threads()  # all that torch would use
 
 
@@ -145,9 +146,9 @@ class Threads(nn.Module):
 
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
-    """`model`, trained by all threads on batches of `images`. Where nothing can be
-    compiled it is the model itself."""
-    if not ops.COMPILED["cpu"]:
+    """`model`, trained by all threads on batches of `images`. It is the model itself where nothing
+    can be compiled, and where there is dropout (a module of torch.nn): the order of its draws would vary."""
+    if not ops.COMPILED["cpu"] or any(isinstance(m, DROPOUT) for m in model.modules()):
         return model
     parts = min(THREADS, images, 8)
     try:

@@ -10,7 +10,7 @@ from trees import an_object, flags, make_coco, make_voc, picture, write, write_c
 
 import data
 from experiments.convert import main as convert_main
-from experiments.convert_data import main, without_crowds
+from experiments.convert_data import main, training_first, without_crowds
 from plumbing.coco import read_coco
 from plumbing.sources import open_data
 from plumbing.voc import read_voc
@@ -97,6 +97,23 @@ def test_training_gets_the_same_batches_from_all_formats(voc, tmp_path):
         new = next(data.batches(reader(root, ["trainval"])[0], **size))
         for a, b in zip(old, new, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("there", "first", "last"),
+    [
+        ("2007_test 2007_train 2007_trainval 2007_val", "2007_train", "2007_val"),
+        ("test trainval", "trainval", "test"),
+        ("test train", "train", "test"),
+        ("train2017 val2017", "train2017", "val2017"),
+        ("test train valid", "train", "valid"),
+        ("b a", "b", "a"),
+    ],
+)
+def test_what_is_to_train_on_comes_first(there, first, last):
+    """Ultralytics trains on the set that data.yaml calls train."""
+    ordered = training_first(there.split())
+    assert (ordered[0], ordered[-1], sorted(ordered)) == (first, last, sorted(there.split()))
 
 
 def test_the_command(voc, tmp_path):

@@ -447,3 +447,5 @@ def test_a_long_run_on_a_cpu_takes_crops(iterations, wanted, shapes_root, tmp_pa
     train.main([*flags, "--iterations", str(iterations)])
     assert json.loads((tmp_path / "run/run.json").read_text())["args"]["augment"] == wanted
     assert read_checkpoint(tmp_path / "run/last.pt")["args"]["augment"] == wanted
+    monkeypatch.setattr(train, "CROPS_FROM", 1 if wanted == "flip" else 100)
+    assert run_folder.resume(train.parse_args, [*flags, "--resume"])[0].augment == wanted

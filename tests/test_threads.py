@@ -13,7 +13,8 @@ from torch import nn
 
 import eval as evaluation
 import ops
-from plumbing.threads import THREADS, Threads, in_threads, spread
+from plumbing import threads
+from plumbing.threads import Threads, in_threads, spread
 from plumbing.voc import read_voc
 from scratchdet import Config, ScratchDet, multibox_loss
 
@@ -149,15 +150,24 @@ def test_parts_that_meet_at_different_layers_are_told_so(model):
 
 def test_each_thread_computes_alone(model, monkeypatch):
     ours, seen = copy.deepcopy(model), []
+    monkeypatch.setattr(threads, "THREADS", 8)
     network = in_threads(ours, 4)
     for twin in network.twins:
         twin.register_forward_hook(
             lambda *_: seen.append((threading.get_ident(), torch.get_num_threads()))
         )
     network(torch.randn(4, 3, 300, 300))
-    parts = min(THREADS, 4)
-    assert len(set(seen)) == len(seen) == parts
-    assert {threads for _, threads in seen} == {THREADS // parts}
+    assert len(set(seen)) == len(seen) == 4
+    assert {each for _, each in seen} == {2}
+
+
+def test_dropout_is_not_spread_over_threads(model, monkeypatch):
+    """The threads share torch's random numbers; who draws first would change from run to run."""
+    ours = copy.deepcopy(model)
+    monkeypatch.setattr(threads, "THREADS", 2)
+    assert in_threads(ours, 4) is not ours
+    ours.features.stem.append(torch.nn.Dropout2d(0.1))
+    assert in_threads(ours, 4) is ours
 
 
 def test_spread_keeps_the_order_and_looks_ahead_a_little():
@@ -187,8 +197,8 @@ def test_evaluation_in_threads_finds_the_same(model, shapes_root, monkeypatch):
     model = ScratchDet(model.config)
     records = read_voc(shapes_root, ["2007:train"])[0][:7]
     found = []
-    for threads in (1, 3):
-        monkeypatch.setattr(evaluation, "THREADS", threads)
+    for each in (1, 3):
+        monkeypatch.setattr(evaluation, "THREADS", each)
         found.append(evaluation.run_detector(model, records, batch_size=2, what=None))
     assert len(found[0]) == 7
     assert any(len(one.scores) for one in found[0])

@@ -131,8 +131,38 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
         mean = one["model"][name] + (0.25 if tensor.is_floating_point() else 0)
         torch.testing.assert_close(tensor.float(), mean.float(), rtol=1e-3, atol=1e-3)
     assert "averaged with | run 1's |" in out.with_name("README.md").read_text()
-    with pytest.raises(ValueError, match="--average: expected checkpoints of the same network"):
-        ship.main([*flags, str(PHOTOS)])  # it has other classes
+    with pytest.raises(ValueError, match="photos.pt: another network, or other classes, than"):
+        ship.main([*flags, str(PHOTOS)])
+    torch.save(one | {"results": None}, tmp_path / "half.pt")
+    with pytest.raises(ValueError, match="half.pt: step .*, not the end of a run"):
+        ship.main([*flags, str(tmp_path / "half.pt")])
+
+
+def test_ship_overwrites_nothing_of_others(whole_run, tmp_path):
+    run, out = str(whole_run / "last.pt"), tmp_path / "small.pt"
+    with pytest.raises(ValueError, match="would be overwritten"):
+        ship.main(["x.pt", "--average", run, "--out", run])
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="README.md: would be overwritten; choose another folder"):
+        ship.main([run, "--out", str(out)])
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not out.exists()
+
+
+def test_the_card_has_a_command_that_train_takes():
+    """--minutes became iterations; a file of class names has another name elsewhere."""
+    for words in (
+        ["--minutes", "6"],
+        ["--minutes", "6", "--voc-root", "DIR", "--classes", "auto"],
+        ["--iterations", "70", "--yolo-root", "DIR", "--classes", "names.txt"],
+    ):
+        args = vars(train.parse_args([*words, "--device", "cpu"])) | {"iterations": 70}
+        command = ship.command_of(args)
+        assert "/" not in command
+        again = vars(train.parse_args([*command.split()[2:], "--device", "cpu"]))
+        for name in ("iterations", "lr", "batch_size", "sizes", "recipe", "data"):
+            assert again[name] == args[name], (command, name)
+        assert (again["classes"] is None) == (args["classes"] is None)
 
 
 def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
