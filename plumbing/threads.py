@@ -147,7 +147,7 @@ class Threads(nn.Module):
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
     """`model`, trained by all threads on batches of `images`. It is the model itself where nothing
-    can be compiled, and where there is dropout (a module of torch.nn): the order of its draws would vary."""
+    can be compiled, and where there is dropout (torch.nn's): the order of its draws would vary."""
     if not ops.COMPILED["cpu"] or any(isinstance(m, DROPOUT) for m in model.modules()):
         return model
     parts = min(THREADS, images, 8)
