@@ -573,10 +573,18 @@ def write_figures(folder: Path, runs: list[str]) -> None:
 
 
 def write_budget(path: Path, folders: list[str]) -> None:
-    """mAP against what it cost as SVG: a line per run (`train.py --eval-every`), or a point."""
+    """mAP against what it cost as SVG: a line per run (`train.py --eval-every`), or a point.
+
+    Runs whose folders are gone: {name: [[CPU minutes, thousands of images, mAP], ...]} in a .json.
+    """
     panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
     minutes, images = panels.values()
     for folder in map(Path, folders):
+        if folder.suffix == ".json":
+            for name, rows in json.loads(folder.read_text()).items():
+                minutes[name] = [(minute, ap) for minute, _, ap in rows]
+                images[name] = [(thousands, ap) for _, thousands, ap in rows]
+            continue
         run = read_run(folder)
         args, measured = run.about["args"], [r for r in run.measured if "cpu_minutes" in r]
         if not measured:

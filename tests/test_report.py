@@ -339,6 +339,12 @@ def test_budget_figure_has_a_line_for_each_run(tmp_path, capsys):
     assert ">6</text>" in svg  # CPU minutes
     assert ">3</text>" in svg  # thousands of images
     assert len(report.read_run(runs[0]).log) == 60
+    (tmp_path / "old.json").write_text('{"gone <1>": [[1, 2, 0.1], [90, 70, 0.3]]}')
+    report.main(["--budget", str(tmp_path / "more.svg"), str(runs[0]), f"{tmp_path}/old.json"])
+    svg = (tmp_path / "more.svg").read_text()
+    assert svg.count("<circle") == 2 * (2 + 2)
+    assert svg.count("gone &lt;1&gt;") == 1  # in the legend
+    assert ">60</text>" in svg  # of both axes
     (tmp_path / "run20" / "results.json").unlink()
     with pytest.raises(ValueError, match="run20: nothing was measured"):
         report.main(["--budget", str(tmp_path / "budget.svg"), *map(str, runs)])
