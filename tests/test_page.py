@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from trees import an_object, make_voc, write, xml_of
 
 import metrics
 from experiments import page
@@ -591,3 +592,15 @@ def test_webgpu_says_the_same(tmp_path):
         assert one.errors == []
     finally:
         one.close()
+
+
+def test_a_page_of_a_page_with_a_test_set(tmp_path):
+    """The network may come from a page; the pictures then come from the data that are named."""
+    root, out = make_voc(tmp_path), tmp_path / "page.html"
+    for name in "ab":
+        write(root / f"Annotations/{name}.xml", xml_of(an_object("circle")))
+    flags = [str(PAGE), "--out", str(out), "--eval-sets", "trainval"]
+    with pytest.raises(ValueError, match="--eval-sets: of which data"):
+        page.main(flags)
+    page.main([*flags, "--voc-root", str(root)])
+    assert '"pictures":[{"name":"a",' in out.read_text(encoding="utf-8")
