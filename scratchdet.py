@@ -162,7 +162,7 @@ class BasicBlock(nn.Module):
 
 
 def channel_rounding(width: float):
-    """c -> c * width, rounded up to a multiple of 16: vector units like it, oneDNN fails on 8."""
+    """c -> c * width, rounded up to a multiple of 16: fast in vector units; oneDNN fails on 8."""
     return lambda c: 16 * math.ceil(c * width / 16)
 
 

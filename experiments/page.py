@@ -166,12 +166,16 @@ def read_page(path: str | Path) -> tuple[ScratchDet, dict]:
     return model, about
 
 
+def read_network(path: str | Path) -> tuple[ScratchDet, dict]:
+    """A checkpoint, or a page, -> the network and what the file says of it."""
+    return (read_page if Path(path).suffix == ".html" else load_detector)(path)
+
+
 def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
     """A checkpoint, or a page, -> the network and what the page says about its training."""
-    if Path(path).suffix == ".html":
-        model, about = read_page(path)
-        return model, about["training"]
-    model, checkpoint = load_detector(path)
+    model, checkpoint = read_network(path)
+    if "training" in checkpoint:  # it is a page
+        return model, checkpoint["training"]
     args = checkpoint.get("args") or {}
     training = {key: args.get(key) for key in ("data", "recipe", "seed")}
     training |= {"bn": model.config.bn, "commit": checkpoint.get("commit")}
@@ -289,8 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             "--eval-sets: of which data? Expected --voc-root DIR or another root beside"
         )
     if not images and kind_of(args) != "shapes":
-        read = read_page if Path(args.checkpoint).suffix == ".html" else load_detector
-        model, run = read(args.checkpoint)
+        model, run = read_network(args.checkpoint)
         records = open_test_set(args, run.get("args") or {}, model.config.classes)
         images = [record for record in records if len(record.labels)][:PICTURES]
     write_page(args.checkpoint, args.out, images)

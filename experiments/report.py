@@ -575,7 +575,7 @@ def write_figures(folder: Path, runs: list[str]) -> None:
 def write_budget(path: Path, folders: list[str]) -> None:
     """mAP against what it cost as SVG: a line per run (`train.py --eval-every`), or a point.
 
-    Runs whose folders are gone: {name: [[CPU minutes, thousands of images, mAP], ...]} in a .json.
+    In place of folders that are gone, a .json: {name: [[CPU minutes, thousands of images, mAP]]}.
     """
     panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
     minutes, images = panels.values()

@@ -197,13 +197,13 @@ def main(argv: list[str] | None = None) -> None:
     others = [read_checkpoint(file) for file in args.average]
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
         if not one.get("results"):
-            raise ValueError(f"{file}: step {one['step']}, not the end of a run: no results")
+            raise ValueError(f"{file}: step {one.get('step')}, not the end of a run: no results")
         if Config.from_dict(one["config"]) != model.config:
             raise ValueError(
                 f"--average {file}: another network, or other classes, than {args.checkpoint}"
             )
-    before, averaged_with = parts_before(about.get("init")), [part(other) for other in others]
-    this = part(run)
+    runs = {"before": parts_before(about.get("init")), "averaged": [*map(part, others)]}
+    runs |= part(run)  # before the long work: --init's file may be gone
     state = halved(averaged([run["model"], *(other["model"] for other in others)]))
     model.load_state_dict(state)  # what is measured is what is shipped
 
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     results, some = measure(tested), measure(tested, FIRST)
     seen = measure(trained[:1], results["images"])
     card = {
-        "before": before, "averaged": averaged_with, **this,
+        **runs,
         "network": f"{config['backbone']}, width {config['width']:g}, {config['size']} px",
         "train_sets": trained, "eval_sets": tested, "images": run["images"],
         "torch": run["torch"], "machine": run["machine"], "seed": about["seed"],

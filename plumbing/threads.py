@@ -28,7 +28,8 @@ from torch import Tensor, nn
 import ops
 from ops.jit import BuildError, build
 
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+DROPOUT += (nn.AlphaDropout, nn.FeatureAlphaDropout)
 THREADS = torch.get_num_threads()  # all that torch would use
 
 
@@ -147,7 +148,7 @@ class Threads(nn.Module):
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
     """`model`, trained by all threads on batches of `images`. It is the model itself where nothing
-    can be compiled, and where there is dropout (torch.nn's): the order of its draws would vary."""
+    can be compiled, and where a layer is dropout: whose numbers are drawn first would vary."""
     if not ops.COMPILED["cpu"] or any(isinstance(m, DROPOUT) for m in model.modules()):
         return model
     parts = min(THREADS, images, 8)
