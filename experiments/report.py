@@ -577,7 +577,7 @@ def write_budget(path: Path, folders: list[str]) -> None:
 
     In place of folders that are gone, a .json: {name: [[CPU minutes, thousands of images, mAP]]}.
     """
-    panels = {"mAP against CPU minutes": {}, "mAP against thousands of training images": {}}
+    panels = {"mAP against CPU minutes": {}, "mAP against thousands of images": {}}
     minutes, images = panels.values()
     for folder in map(Path, folders):
         if folder.suffix == ".json":
