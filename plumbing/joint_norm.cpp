@@ -1,6 +1,6 @@
 // BatchNorm, and the ReLU behind it, of one part of a batch whose parts are computed by several
 // threads at once: sums over the own part, a meeting with the other threads, one pass over the own
-// part. Forward and backward are C++, so that no thread waits for Python's lock.
+// part.
 //
 //   forward   mean, var of all parts;  y = max(0, weight * n + bias),  n = (x - mean) / std
 //   backward  g = dy where y > 0;      dx = weight / std * (g - (sum(g) + n * sum(g * n)) / count)
@@ -13,11 +13,16 @@
 #include <type_traits>
 #include <vector>
 
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using Values = std::vector<double>;
 enum { DONE = 0, ABORTED = 1, APART = 2 };
 
@@ -77,14 +82,18 @@ struct Meeting {
 };
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector leaves this file
-constexpr int LANES = 16;                  // channels that are computed at once
+#ifdef __AVX512F__
+constexpr int LANES = 16;  // channels that are computed at once: a register of floats
+#else
+constexpr int LANES = 8;  // twice as many would go through memory
+#endif
 
 template <class W>
 struct VecOf {
   typedef W type __attribute__((vector_size(LANES * sizeof(W))));
 };
 template <>
-struct VecOf<at::BFloat16> : VecOf<float> {};
+struct VecOf<BFloat16> : VecOf<float> {};
 template <class W>
 using Vec = typename VecOf<W>::type;
 
@@ -101,12 +110,12 @@ inline void store(W* to, Vec<W> v, int n = LANES) {
   std::memcpy(to, &v, n * sizeof(W));
 }
 
-inline Vec<float> load(const at::BFloat16* from, int n = LANES) {  // the upper half of a float
+inline Vec<float> load(const BFloat16* from, int n = LANES) {  // the upper half of a float
   const auto wide = __builtin_convertvector(load((const uint16_t*)from, n), Vec<uint32_t>) << 16;
   return (Vec<float>)wide;
 }
 
-inline void store(at::BFloat16* to, Vec<float> v, int n = LANES) {  // to nearest, ties to even
+inline void store(BFloat16* to, Vec<float> v, int n = LANES) {  // to nearest, ties to even
   const auto bits = (Vec<uint32_t>)v;
   const auto rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const auto half = v == v ? rounded : rounded * 0 + 0x7fc0;  // NaN stays NaN
@@ -228,83 +237,82 @@ struct Norm {
   }
 };
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-
-at::Tensor in_rows(const Tensor& x) { return x.contiguous(at::MemoryFormat::ChannelsLast); }
-
-// Call with the Norm of these tensors, and its type.
+// Call with the Norm of these tensors. x is channels_last.
 template <class Call>
 void with_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                const Tensor& scale, bool relu, Call call) {
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   const auto run = [&]<class T, class W>(T*, W*) {
-    const Norm<T, W> norm{x.const_data_ptr<T>(), rows, channels, weight.const_data_ptr<W>(),
-                          bias.const_data_ptr<W>(), mean.mutable_data_ptr<W>(),
-                          scale.mutable_data_ptr<W>(), relu};
-    const int code = call.template operator()<T, W>(norm);
-    TORCH_CHECK(code != ABORTED, "another part of the batch failed");
-    TORCH_CHECK(code != APART, "another part of the batch is at another layer");
+    const Norm<T, W> norm{(const T*)x.const_data_ptr(), rows, channels,
+                          weight.const_data_ptr<W>(),   bias.const_data_ptr<W>(),
+                          mean.mutable_data_ptr<W>(),   scale.mutable_data_ptr<W>(), relu};
+    const int code = call(norm, (T*)nullptr, (W*)nullptr);
+    STD_TORCH_CHECK(code != ABORTED, "another part of the batch failed");
+    STD_TORCH_CHECK(code != APART, "another part of the batch is at another layer");
   };
-  if (x.scalar_type() == at::kBFloat16) run((at::BFloat16*)nullptr, (float*)nullptr);
-  else if (x.scalar_type() == at::kDouble) run((double*)nullptr, (double*)nullptr);
+  if (x.scalar_type() == ScalarType::BFloat16) run((BFloat16*)nullptr, (float*)nullptr);
+  else if (x.scalar_type() == ScalarType::Double) run((double*)nullptr, (double*)nullptr);
   else run((float*)nullptr, (float*)nullptr);
 }
 
-struct JointNorm : torch::autograd::Function<JointNorm> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& images, const Tensor& weight,
-                        const Tensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                        int64_t meeting, int64_t part, int64_t place, bool relu, double momentum,
-                        double eps) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor x = in_rows(images), y = at::empty_like(x);
-    const Tensor mean = at::empty_like(weight), scale = at::empty_like(weight);
-    with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm) {
-      return norm.forward(*(Meeting*)meeting, part, 2 * place, y.mutable_data_ptr<T>(),
-                                      running_mean.mutable_data_ptr<W>(),
-                                      running_var.mutable_data_ptr<W>(), momentum, eps);
-    });
-    ctx->save_for_backward({x, weight, bias, mean, scale});
-    for (auto& [name, value] : {std::pair{"meeting", meeting}, {"part", part}, {"place", place}})
-      ctx->saved_data[name] = value;
-    ctx->saved_data["relu"] = relu;
-    return y;
-  }
-
-  static torch::autograd::variable_list backward(AutogradContext* ctx,
-                                                 torch::autograd::variable_list gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], dy = in_rows(gradients[0]);
-    const Tensor dx = at::empty_like(x);
-    const Tensor to_weight = at::empty_like(weight), to_bias = at::empty_like(weight);
-    const auto number = [&](const char* name) { return ctx->saved_data[name].toInt(); };
-    Meeting& meeting = *(Meeting*)number("meeting");
-    with_norm(x, weight, saved[2], saved[3], saved[4], ctx->saved_data["relu"].toBool(),
-              [&]<class T, class W>(const auto& norm) {
-                return norm.backward(
-                    meeting, number("part"), 2 * number("place") + 1, dy.const_data_ptr<T>(),
-                    dx.mutable_data_ptr<T>(), to_weight.mutable_data_ptr<W>(),
-                    to_bias.mutable_data_ptr<W>());
-              });
-    return {dx, to_weight, to_bias, {}, {}, {}, {}, {}, {}, {}, {}};
-  }
-};
-
-Tensor joint_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                  const Tensor& running_mean, const Tensor& running_var, int64_t meeting,
-                  int64_t part, int64_t place, bool relu, double momentum, double eps) {
-  return JointNorm::apply(x, weight, bias, running_mean, running_var, meeting, part, place, relu,
-                          momentum, eps);
+// -> y, and for `backward` mean and scale
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight,
+                                           const Tensor& bias, Tensor running_mean,
+                                           Tensor running_var, int64_t meeting, int64_t part,
+                                           int64_t place, bool relu, double momentum, double eps) {
+  const Tensor y = torch::stable::empty_like(x);
+  const Tensor mean = torch::stable::empty_like(weight), scale = torch::stable::empty_like(weight);
+  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm, T*, W*) {
+    return norm.forward(*(Meeting*)meeting, part, 2 * place, (T*)y.mutable_data_ptr(),
+                        running_mean.mutable_data_ptr<W>(), running_var.mutable_data_ptr<W>(),
+                        momentum, eps);
+  });
+  return {y, mean, scale};
 }
+
+// -> the gradients of x, weight and bias
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x,
+                                            const Tensor& weight, const Tensor& bias,
+                                            const Tensor& mean, const Tensor& scale,
+                                            int64_t meeting, int64_t part, int64_t place,
+                                            bool relu) {
+  const Tensor dx = torch::stable::empty_like(x), to_weight = torch::stable::empty_like(weight);
+  const Tensor to_bias = torch::stable::empty_like(weight);
+  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm, T*, W*) {
+    return norm.backward(*(Meeting*)meeting, part, 2 * place + 1, (const T*)dy.const_data_ptr(),
+                         (T*)dx.mutable_data_ptr(), to_weight.mutable_data_ptr<W>(),
+                         to_bias.mutable_data_ptr<W>());
+  });
+  return {dx, to_weight, to_bias};
+}
+
+int64_t meeting(int64_t parts) { return (int64_t) new Meeting(parts); }
+void meeting_start(int64_t meeting) { ((Meeting*)meeting)->start(); }
+void meeting_abort(int64_t meeting) { ((Meeting*)meeting)->abort(); }
+void meeting_end(int64_t meeting) { delete (Meeting*)meeting; }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(scratchdet, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(scratchdet, m) {
   m.def("joint_norm(Tensor x, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, "
-        "int meeting, int part, int place, bool relu, float momentum, float eps) -> Tensor");
-  m.impl("joint_norm", c10::DispatchKey::AutogradCPU, joint_norm);
-  m.def("meeting(int parts) -> int", [](int64_t n) { return (int64_t) new Meeting(n); });
-  m.def("meeting_start(int meeting) -> ()", [](int64_t meeting) { ((Meeting*)meeting)->start(); });
-  m.def("meeting_abort(int meeting) -> ()", [](int64_t meeting) { ((Meeting*)meeting)->abort(); });
-  m.def("meeting_end(int meeting) -> ()", [](int64_t meeting) { delete (Meeting*)meeting; });
+        "int meeting, int part, int place, bool relu, float momentum, float eps) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("joint_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, "
+        "Tensor scale, int meeting, int part, int place, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("meeting(int parts) -> int");
+  m.def("meeting_start(int meeting) -> ()");
+  m.def("meeting_abort(int meeting) -> ()");
+  m.def("meeting_end(int meeting) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scratchdet, CPU, m) {
+  m.impl("joint_norm", TORCH_BOX(&forward));
+  m.impl("joint_norm_backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scratchdet, CompositeExplicitAutograd, m) {
+  m.impl("meeting", TORCH_BOX(&meeting));
+  m.impl("meeting_start", TORCH_BOX(&meeting_start));
+  m.impl("meeting_abort", TORCH_BOX(&meeting_abort));
+  m.impl("meeting_end", TORCH_BOX(&meeting_end));
 }

@@ -38,16 +38,39 @@ def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
 
 
-class JointBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the parts of all threads, which wait for each other here (joint_norm.cpp).
+class JointNorm(torch.autograd.Function):
+    """One part's x (n, C, H, W) -> y, by the statistics of all parts (joint_norm.cpp).
 
-    `replica` sets the attributes `meeting`, `part`, `place` and `relu`.
+    Who waits there has let go of Python's lock, as in all operators of torch.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight, bias, mean, var, where: tuple, relu: bool, *numbers):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, *of_all = torch.ops.scratchdet.joint_norm(
+            x, weight, bias, mean, var, *where, relu, *numbers
+        )
+        ctx.save_for_backward(x, weight, bias, *of_all)
+        ctx.how = *where, relu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        gradients = torch.ops.scratchdet.joint_norm_backward(dy, *ctx.saved_tensors, *ctx.how)
+        return *gradients, *[None] * 6
+
+
+class JointBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the parts of all threads, which wait for each other here.
+
+    `replica` sets the attributes `where`, (meeting, part of the batch, layer) and `relu`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.scratchdet.joint_norm(
+        return JointNorm.apply(
             x, self.weight, self.bias, self.running_mean, self.running_var,
-            self.meeting, self.part, self.place, self.relu, self.momentum, self.eps,
+            self.where, self.relu, self.momentum, self.eps,
         )  # fmt: skip
 
 
@@ -60,7 +83,7 @@ def replica(model: nn.Module, part: int, meeting: int) -> nn.Module:
     for place, module in enumerate(twin.modules()):
         if isinstance(module, nn.BatchNorm2d):
             module.__class__, module.relu = JointBatchNorm, False
-            module.meeting, module.part, module.place = meeting, part, place
+            module.where = meeting, part, place
     for module in twin.modules():
         if isinstance(module, nn.Sequential):
             for i in range(1, len(module)):
