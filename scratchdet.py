@@ -84,6 +84,7 @@ class Config:
     extras: str = "residual"  # maps 3 to 6: residual blocks, or "conv", the layers of SSD
     l2_norm: bool = False  # normalise conv4_3 of VGG-16, as the original SSD does
     head_bn_eps: float = 1e-5  # of BatchNorm in the head; Caffe SSD and DSOD have 1e-3
+    head_gamma: float = 1.0  # the factor of BatchNorm in the head before training
     classes: tuple[str, ...] = VOC_CLASSES  # without background, which is class 0
     priors: str = "voc"  # a name in PRIORS
     size: int = 300  # side of the square input in pixels
@@ -339,6 +340,8 @@ class Head(nn.Module):
         for c, a, k in zip(body.channels, priors_per_cell(config), kernels, strict=True):
             self.loc.append(conv_bn(c, a * 4, k, **how))
             self.conf.append(conv_bn(c, a * self.num_classes, k, **how))
+        for norm in (m for m in self.modules() if isinstance(m, nn.BatchNorm2d)):
+            nn.init.constant_(norm.weight, config.head_gamma)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         def flatten(x: Tensor, k: int) -> Tensor:  # (N, A*k, H, W) -> (N, H*W*A, k)

@@ -58,7 +58,7 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
-SHORT |= dict(backbone="root-resnet18")
+SHORT |= dict(backbone="root-resnet18", head_gamma=0.1)
 RECIPES = {
     "voc07": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
     "voc12": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
@@ -67,9 +67,9 @@ RECIPES = {
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
     # --minutes on a GPU, estimated to do 500 steps in some 20 s. Its rate, .1, is for 64 images.
     "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64, save_every=2_000),
-    "shapes": SHORT | dict(iterations=1_200, augment="flip", batch_size=4, lr=0.12, warmup=0.4,
+    "shapes": SHORT | dict(iterations=850, augment="flip", batch_size=4, lr=0.2, warmup=0.7,
                            width=0.125, stem=(3, 1, 1),  # the quick start
-                           sizes=((160, 0.3), (224, 0.6), (300, 1.0))),
+                           sizes=((160, 0.57), (224, 0.8), (300, 1.0))),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # fmt: on

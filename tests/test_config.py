@@ -45,6 +45,7 @@ def test_config_survives_json():
         ({"size": 0}, "size = 0"),
         ({"size": 100_000}, "size = 100000: expected 1 to 8192 pixels"),
         ({"head_bn_eps": 0.0}, "head_bn_eps = 0.0"),
+        ({"head_gamma": 0.0}, "head_gamma = 0.0"),
         ({"std": (58.0, float("nan"), 58.0)}, "3 numbers above 0"),
     ],
 )
