@@ -4,8 +4,7 @@
 
 Read `average_precision` first, the metric as a textbook has it; then from `voc_match` on, VOC's
 rules of which detections are right. COCO's come last (skip them on a first reading). Between them
-lies one table of all images, which only makes it fast: a million detections take seconds
-(`python -m experiments.eval_bench`).
+lies one table of all images, which only makes it fast (`python -m experiments.eval_bench`).
 
 Letters: D detections and G objects (ground-truth boxes) of all images together, C classes
 (without background), N images, K pairs of a detection and an object.

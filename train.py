@@ -51,10 +51,10 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # A recipe is the default of every flag that it names (`schedule` has no flag). `drops`: the
 # fractions of the run after which the learning rate falls to a tenth (sections 4.1 to 4.4 of the
 # paper; "released": as in its released code). The short recipes lower the rate linearly to zero:
-# after 12,000 images the mAP was twice that with drops (docs/results.md). They also raise it slowly
-# at first. Behind BatchNorm the length of a weight vector changes nothing but the size of its
-# steps: steps that are large early on make the vector long, and all later ones turn it less.
-# `A | B`: the settings of A and of B; where both have one, B's counts.
+# after 12,000 images the mAP was twice that with drops (docs/results.md). Behind BatchNorm the
+# length of a weight vector changes nothing but the size of its steps: large early steps make it
+# long, and all later ones turn it less. So they also raise the rate slowly, and begin with small
+# scores (`head_gamma`). `A | B`: the settings of A and of B; where both have one, B's counts.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -74,8 +74,7 @@ RECIPES = {
 }
 # fmt: on
 # "budget" on a CPU: 25 images/s per core and more, where SHORT's network does 1. Two threads of 8
-# images do half as many again as two of 4, which wait for each other too often. docs/results.md
-# lists what did not help: drops instead of the linear fall, averaged weights.
+# images do half as many again as two of 4, which wait for each other too often.
 ON_CPU = dict(iterations=3_000, backbone="resnet18", width=0.25, augment=None, batch_size=16)
 # Small images first: they cost less, so the same time shows the network twice as many images.
 ON_CPU |= dict(lr=0.2, save_every=500, sizes=((160, 0.45), (224, 0.75), (300, 1.0)))

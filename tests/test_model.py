@@ -163,6 +163,16 @@ def test_the_eps_of_the_heads_batchnorm(rng):
         assert norm(x).std(correction=0).item() == pytest.approx(gain, rel=1e-4)
 
 
+def test_the_heads_batchnorm_begins_with_its_factor():
+    """1 unless the Config says otherwise; the backbone's stays 1."""
+    for flags, factor in (({}, 1.0), ({"head_gamma": 0.1}, 0.1)):
+        model = ScratchDet(Config("root-resnet18", width=0.05, **flags))
+        for part, expected in ((model.head, factor), (model.features, 1.0)):
+            norms = [m.weight for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+            assert len(norms) >= 12
+            assert all((weight == expected).all() for weight in norms)
+
+
 def test_l2_norm_scales_conv4_3_alone(rng):
     """Per pixel to length 20, over channels; the other five maps stay as they are."""
     torch.manual_seed(0)
