@@ -53,12 +53,12 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # paper; "released": as in its released code). The short recipes lower the rate linearly to zero:
 # after 12,000 images the mAP was twice that with drops (docs/results.md). Behind BatchNorm the
 # length of a weight vector changes nothing but the size of its steps: large early steps make it
-# long, and all later ones turn it less. So they also raise the rate slowly, and begin with small
-# scores (`head_gamma`). `A | B`: the settings of A and of B; where both have one, B's counts.
+# long, and all later ones turn it less. So they also raise the rate slowly, and `head_gamma` makes
+# the first scores small. `A | B`: the settings of A and of B; where both have one, B's counts.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
-SHORT |= dict(backbone="root-resnet18", head_gamma=0.1)
+SHORT |= dict(backbone="root-resnet18")
 RECIPES = {
     "voc07": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
     "voc12": PAPER | dict(iterations=100_000, drops=(0.45, 0.75, 0.95)),
@@ -68,7 +68,7 @@ RECIPES = {
     # --minutes on a GPU, estimated to do 500 steps in some 20 s. Its rate, .1, is for 64 images.
     "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64, save_every=2_000),
     "shapes": SHORT | dict(iterations=850, augment="flip", batch_size=4, lr=0.2, warmup=0.7,
-                           width=0.125, stem=(3, 1, 1),  # the quick start
+                           width=0.125, stem=(3, 1, 1), head_gamma=0.1,  # the quick start
                            sizes=((160, 0.57), (224, 0.8), (300, 1.0))),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
