@@ -113,8 +113,8 @@ def test_priors_are_as_large_a_part_of_a_small_image():
 
 def test_the_recipes_sizes_grow_with_the_size_of_the_input():
     argv = ["--recipe", "shapes", "--size", "600"]
-    assert train.parse_args(argv).sizes == ((320, 0.3), (448, 0.6), (600, 1.0))
-    assert train.parse_args(argv[:2]).sizes == ((160, 0.3), (224, 0.6), (300, 1.0))
+    assert train.parse_args(argv).sizes == ((320, 0.55), (448, 0.75), (600, 1.0))
+    assert train.parse_args(argv[:2]).sizes == ((160, 0.55), (224, 0.75), (300, 1.0))
     grown = train.parse_args(argv).sizes
     assert train.parse_args(argv, sizes=grown).sizes == grown  # a resumed run's do not grow again
 
