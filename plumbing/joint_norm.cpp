@@ -1,6 +1,5 @@
 // BatchNorm, and the ReLU behind it, of one part of a batch whose parts are computed by several
-// threads at once: sums over the own part, a meeting with the other threads, one pass over the own
-// part.
+// threads at once: sums over its own part, a meeting with the other threads, one pass over its part.
 //
 //   forward   mean, var of all parts;  y = max(0, weight * n + bias),  n = (x - mean) / std
 //   backward  g = dy where y > 0;      dx = weight / std * (g - (sum(g) + n * sum(g * n)) / count)
@@ -246,7 +245,7 @@ void with_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
     const Norm<T, W> norm{(const T*)x.const_data_ptr(), rows, channels,
                           weight.const_data_ptr<W>(),   bias.const_data_ptr<W>(),
                           mean.mutable_data_ptr<W>(),   scale.mutable_data_ptr<W>(), relu};
-    const int code = call(norm, (T*)nullptr, (W*)nullptr);
+    const int code = call(norm);
     STD_TORCH_CHECK(code != ABORTED, "another part of the batch failed");
     STD_TORCH_CHECK(code != APART, "another part of the batch is at another layer");
   };
@@ -262,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
                                            int64_t place, bool relu, double momentum, double eps) {
   const Tensor y = torch::stable::empty_like(x);
   const Tensor mean = torch::stable::empty_like(weight), scale = torch::stable::empty_like(weight);
-  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm, T*, W*) {
+  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const Norm<T, W>& norm) {
     return norm.forward(*(Meeting*)meeting, part, 2 * place, (T*)y.mutable_data_ptr(),
                         running_mean.mutable_data_ptr<W>(), running_var.mutable_data_ptr<W>(),
                         momentum, eps);
@@ -278,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x,
                                             bool relu) {
   const Tensor dx = torch::stable::empty_like(x), to_weight = torch::stable::empty_like(weight);
   const Tensor to_bias = torch::stable::empty_like(weight);
-  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const auto& norm, T*, W*) {
+  with_norm(x, weight, bias, mean, scale, relu, [&]<class T, class W>(const Norm<T, W>& norm) {
     return norm.backward(*(Meeting*)meeting, part, 2 * place + 1, (const T*)dy.const_data_ptr(),
                          (T*)dx.mutable_data_ptr(), to_weight.mutable_data_ptr<W>(),
                          to_bias.mutable_data_ptr<W>());

@@ -49,7 +49,7 @@ def check_config(config, bodies: dict, priors: dict, takes: dict[str, tuple[str,
     expect(0 < config.width <= 4, "width", "a number in (0, 4]; 1 is the paper's")
     expect(1 <= config.size <= 8192, "size", "1 to 8192 pixels; 300 is the paper's")
     expect(0 < config.head_bn_eps < 1, "head_bn_eps", "a number between 0 and 1")
-    expect(0 < config.head_gamma < math.inf, "head_gamma", "a number above 0; 1 is the paper's")
+    expect(0 < config.head_gamma < math.inf, "head_gamma", "a number above 0; 1 is PyTorch's")
     if not config.head_bn and config.head_bn_eps != type(config).head_bn_eps:
         raise ValueError(f"head_bn_eps = {config.head_bn_eps}: bn = {config.bn!r} has none there")
     names = () if isinstance(config.classes, str) else config.classes  # ("dog") is no tuple

@@ -41,7 +41,7 @@ def pool(threads: int, each: int = 1) -> ThreadPoolExecutor:
 class JointNorm(torch.autograd.Function):
     """One part's x (n, C, H, W) -> y, by the statistics of all parts (joint_norm.cpp).
 
-    Who waits there has let go of Python's lock, as in all operators of torch.
+    A thread that waits there has released Python's lock, as in every operator of torch.
     """
 
     @staticmethod
