@@ -18,7 +18,8 @@ Geometry comes first: SSD's expanded canvas has up to 16 times the area of the i
 never allocated. So augmentation is a rectangle and five numbers for the colours.
 
 Letters: N images - S side of the input - G boxes in one image - T boxes in a batch.
-`_xyxy` boxes are in units of the image; only those of a Record are in pixels, as annotated.
+`_xyxy` boxes are in units of the image, those of a Batch in units of the input; only those of a
+Record are in pixels, as annotated.
 """
 
 import argparse
@@ -95,9 +96,8 @@ def crop(boxes_xyxy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     iou = (inter / union).max(axis=1).reshape(len(MIN_IOUS), TRIALS)  # with the best box
     success = iou >= MIN_IOUS[:, None]  # the other crops are rejected
     firsts = success.argmax(axis=1) + TRIALS * np.arange(len(MIN_IOUS))
-    choices = [-2, *firsts[success.any(axis=1)], -1]  # -2: the whole
-    choice = choices[rng.integers(len(choices))]
-    return np.array(WHOLE) if choice == -2 else crops[choice]
+    choices = [np.array(WHOLE), *crops[firsts[success.any(axis=1)]], crops[-1]]
+    return choices[rng.integers(len(choices))]
 
 
 def place_boxes(boxes_xyxy: np.ndarray, source_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -154,13 +154,13 @@ def snap(
     """Rounds a source rectangle to whole pixels: -> source, part, inside, factor.
 
     `part` (x0 y0 x1 y1, pixels of the image) is what the source shows of the image. `inside` is
-    where that lands on the canvas of size x size; the rest of the canvas lies beside the image.
+    where that lands on the input of size x size; the rest of the input lies beside the image.
     Both are rounded to whole pixels, and the returned source is exactly the one that these two
     describe, so boxes and pixels agree. A JPEG that shrinks by 2, 4 or 8 can be decoded directly at
     that fraction (`factor`), which is faster; then `part` consists of multiples of it.
     """
     source, part, inside = source_xyxy.tolist(), [0] * 4, [0] * 4
-    # pixels of the image per pixel of the canvas, in x and in y
+    # pixels of the image per pixel of the input, in x and in y
     units = [(source[a + 2] - source[a]) * image_size[a] / size for a in (0, 1)]
     factor = next(f for f in (8, 4, 2, 1) if f <= max(1.0, min(units)))
     if source == list(WHOLE):  # then no pixel may be cut off: the factor must divide both sides
@@ -172,7 +172,7 @@ def snap(
         start = 0 if low >= 0 else min(round((first - low) / unit), size)
         end = size if high <= length else min(round((last - low) / unit), size)
         if first >= last or start >= end:
-            return source_xyxy, [0] * 4, [0] * 4, 1  # nothing of the image is on the canvas
+            return source_xyxy, [0] * 4, [0] * 4, 1  # nothing of the image is seen
         part[a], part[a + 2], inside[a], inside[a + 2] = first, last, start, end
         unit = (last - first) / (end - start)
         source[a] = (first - start * unit) / length
@@ -184,17 +184,17 @@ def render(
     record: Record, part: list[int], inside: list[int], factor: int, size: int,
     pixels: np.ndarray | None = None,
 ) -> Tensor:  # fmt: skip
-    """Draws `part` of the image at `inside` on a canvas, as `snap` chose them: -> (3, S, S) uint8.
+    """Draws `part` of the image at `inside` on the input, as `snap` chose them: -> (3, S, S) uint8.
 
     One bilinear resize of just that part, antialiased where it shrinks; 0 beside the image.
-    `pixels` (h, w, 3) is the decoded image, if a cache has it. torch's resize of bytes differs from
-    Pillow's by at most one grey level and is three times as fast.
+    `pixels` (h, w, 3) is the whole image decoded, if a cache has it; a JPEG decoded at a fraction
+    differs by some grey levels. torch's resize differs from Pillow's by one, three times as fast.
     """
-    canvas = torch.zeros((3, size, size), dtype=torch.uint8)
+    output = torch.zeros((3, size, size), dtype=torch.uint8)
     x0, y0, x1, y1 = part
     left, top, right, bottom = inside
     if x0 == x1:
-        return canvas  # the source shows nothing of the image: nothing to decode
+        return output  # the source shows nothing of the image: nothing to decode
     if pixels is None:
         image = open_record(record)
         if factor > 1 and image.format == "JPEG":
@@ -206,8 +206,8 @@ def render(
     resized = torch.nn.functional.interpolate(
         piece, (bottom - top, right - left), mode="bilinear", antialias=True
     )
-    canvas[:, top:bottom, left:right] = resized[0]
-    return canvas
+    output[:, top:bottom, left:right] = resized[0]
+    return output
 
 
 # ------------------------------------------------------------------------------ batches
@@ -219,7 +219,7 @@ class Batch(NamedTuple):
     images: Tensor  # (N, 3, S, S) uint8 RGB; 0 outside `inside`
     inside: Tensor  # (N, 4) int64 x0 y0 x1 y1: the pixels that the image covers
     colour: Tensor  # (N, 5) float32, for `ops.colour`
-    boxes_xyxy: Tensor  # (T, 4) float32, in units of the canvas
+    boxes_xyxy: Tensor  # (T, 4) float32, in units of the input
     labels: Tensor  # (T,) int64
     offsets: Tensor  # (N+1,) int64: image n owns boxes offsets[n]:offsets[n+1]
     indices: Tensor  # (N,) int64, rows of `records`

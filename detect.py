@@ -83,8 +83,8 @@ def detect_image(
     """`Detections` in a picture of any size, over several passes joined by `vote_boxes`.
 
     With several passes each also runs mirrored; a single one gives what eval.py's `run_detector`
-    gives. The priors keep their sides in pixels of the input, so in a larger input they fit smaller
-    objects. A small input has fewer than six maps.
+    gives, but that may decode a large JPEG at a fraction. The priors keep their sides in pixels of
+    the input, so in a larger input they fit smaller objects. A small input has fewer maps.
     """
     image = as_rgb(image)
     config, device, (w, h) = model.config, model.priors_cxcywh.device, image.size
@@ -99,7 +99,7 @@ def detect_image(
         maps = model.features(x)
         priors = make_priors(config, [m.shape[-2:] for m in maps], sides[::-1]).to(device)
         loc, logits = model.head(maps)
-        found = to_pixels(*detect(loc.float(), logits.float(), priors), [(w, h)] * len(x))
+        found = to_pixels(*detect(loc, logits, priors), [(w, h)] * len(x))
         for mirrored, (xyxy, scores, labels) in enumerate(found):
             if mirrored:  # back into the picture that is not mirrored
                 xyxy = np.stack([w - xyxy[:, 2], xyxy[:, 1], w - xyxy[:, 0], xyxy[:, 3]], axis=1)
@@ -147,10 +147,9 @@ def vote_boxes(
         boxes, scores = boxes[order], scores[order]
         area = np.prod(boxes[:, 2:] - boxes[:, :2] + 1, axis=1)
         while len(scores):  # row 0 is the best of those that are left
-            corners = np.minimum(boxes[0, 2:], boxes[:, 2:]) - np.maximum(
-                boxes[0, :2], boxes[:, :2]
-            )
-            inter = np.prod((corners + 1).clip(0), axis=1)
+            corner = np.maximum(boxes[0, :2], boxes[:, :2])
+            sides = np.minimum(boxes[0, 2:], boxes[:, 2:]) - corner + 1
+            inter = np.prod(sides.clip(0), axis=1)
             iou = inter / (area[0] + area - inter)
             near = iou >= iou_threshold
             near[0] = True  # itself, whatever rounding says

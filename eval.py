@@ -52,8 +52,7 @@ def run_detector(
         batch = data.to_device(batch, device)
         loc, logits = model(data.prepare(batch, model.config))  # (N, P, 4), (N, P, C)
         sizes = [records[i].size for i in batch.indices.tolist()]
-        # Scores and NMS in float32: bfloat16 would make many scores equal, and so their order.
-        return to_pixels(*detect(loc.float(), logits.float(), model.priors_cxcywh), sizes)
+        return to_pixels(*detect(loc, logits, model.priors_cxcywh), sizes)
 
     # BatchNorm must use its running statistics here, not those of the batch.
     model.eval()

@@ -150,7 +150,7 @@ def class_ranges(label: Array, num_classes: int) -> list[slice]:
 
 
 def sides_of(boxes_xyxy: Array) -> Array:
-    """Widths and heights (R, 2), rounded to the decimal number that they are, if they are one.
+    """Widths and heights (R, 2) of R boxes, rounded to the decimal numbers that they are, if so.
 
     In floating point (x + w) - x may miss w. COCO's files hold w, and its size ranges end at
     exactly 32 * 32 and 96 * 96.
@@ -421,7 +421,7 @@ def coco_ap(records: list[Record], detections: list[Detections], num_classes: in
     objects, guesses = tabulate(records, detections, num_classes)
     guesses, rank = best_per_image(guesses, objects)
 
-    def inside(area):  # (4, R): in each area range
+    def inside(area):  # (G,) or (D,) -> (4, ...): in each area range
         return np.stack([(area >= low) & (area <= high) for low, high in COCO_AREAS])
 
     counted = inside(objects.area) & ~objects.difficult
@@ -445,7 +445,7 @@ def coco_ap(records: list[Record], detections: list[Detections], num_classes: in
     def average(values, a):  # (.., C): over the classes that have objects in area range a
         return float(values[..., positives[a] > 0].mean()) if positives[a].any() else -1.0
 
-    ap, ar = precision.mean(axis=3), recall.transpose(3, 0, 1, 2)  # (A, T, C), (3, A, T, C)
+    ap, ar = precision.mean(axis=3), recall.transpose(3, 0, 1, 2)  # (4, 10, C), (3, 4, 10, C)
     stats = [average(x, 0) for x in (ap[0], ap[0, 0], ap[0, 5])]  # all IoUs, .5, .75
     stats += [average(ap[a], a) for a in (1, 2, 3)]
     stats += [average(x[0], 0) for x in ar] + [average(ar[2, a], a) for a in (1, 2, 3)]

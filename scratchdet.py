@@ -219,9 +219,9 @@ RESNETS = {
 class ResNet(nn.Module):
     """Stem, pooling, four stages, extra blocks: images (N,3,H,W) -> six maps.
 
-    Every stage of total stride 8 or more gives a map, and extra blocks bring the number to six. So
-    a stem without stride has stages 3 and 4 (section 3.2) and four extra blocks; a stem with stride
-    has stages 2, 3 and 4 and three extra blocks.
+    Every stage of total stride 8 or more gives a map, and extra blocks bring the number to six: if
+    stem and pooling halve the image once, stages 3 and 4 (section 3.2) and four extra blocks; if
+    they halve it twice, stages 2, 3 and 4 and three.
     """
 
     block = BasicBlock
@@ -372,7 +372,7 @@ def make_priors(
     `map_sizes` [(H, W)] default to those of a 300x300 image, `image_hw` to the input of the config.
     In an image of another size the priors keep their sides in pixels: enlarged, a small object fits
     them (multi-scale testing). With `same_fraction` they keep their fraction of the image instead
-    (training with --sizes). In both cases cells are one stride of the map apart.
+    (training with --sizes). Cells are `step` pixels apart, or without it divide the image evenly.
 
     Order in a cell: the small square, the square of side sqrt(smallest * largest), then for each
     ratio the wide and the tall one.

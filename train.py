@@ -11,8 +11,8 @@ One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. The run 
 into one folder (--out): last.pt (checkpoint), log.jsonl (one line per step), run.json (arguments,
 commit, machine), detections drawn beside the ground truth, and report.html, which shows it all.
 
-`--resume` continues from OUT/last.pt, bit for bit on a CPU: the samples and random numbers of
-step s depend only on (seed, s), and the checkpoint holds the rest.
+`--resume` continues from OUT/last.pt, bit for bit on a CPU with as many threads: the samples and
+random numbers of step s depend only on (seed, s), and the checkpoint holds the rest.
 
 Read in this order: RECIPES, learning_rate, parameter_groups, forward_backward, update, then the
 loop, train_steps.
@@ -53,8 +53,8 @@ from scratchdet import Config, ScratchDet, add_config_flags, multibox_loss, summ
 # paper; "released": as in its released code). The short recipes lower the rate linearly to zero:
 # after 12,000 images the mAP was twice that with drops (docs/results.md). Behind BatchNorm the
 # length of a weight vector changes nothing but the size of its steps: large early steps make it
-# long, and all later ones turn it less. So they also raise the rate slowly, and `head_gamma` makes
-# the first scores small. `A | B`: the settings of A and of B; where both have one, B's counts.
+# long, and all later ones turn it less. So they also raise the rate slowly, and in two of them
+# `head_gamma` makes the first scores small. `A | B`: the settings of both; B's where they differ.
 # fmt: off
 PAPER = dict(batch_size=128, lr=0.05, schedule="steps", warmup=0.0, augment="ssd")
 SHORT = dict(batch_size=8, lr=0.1, schedule="linear", drops=(), warmup=0.3)
@@ -80,7 +80,7 @@ ON_CPU = dict(iterations=3_000, backbone="resnet18", width=0.25, augment=None, b
 # fmt: on
 # Flips alone teach so narrow a network a little more in a short run. In a long one it learns the
 # images by heart. After 37 epochs: mAP .235 on new images, .455 on seen ones; crops .227 and .321.
-CROPS_FROM = 60  # epochs
+CROPS_FROM = 60  # epochs; main decides, once the steps are known, if `augment` is None
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # section 4.1
 LOGGED = ("loc", "conf", "positives", "grad_norm", "stop")  # forward_backward explains them
 
@@ -151,7 +151,8 @@ def recipe_for(given: argparse.Namespace) -> tuple[dict, dict]:
     base = {"data": kind, "recipe": name, "out": f"runs/{name}"}
     base |= {"priors": "coco" if kind == "coco" else "voc"}  # COCO's objects are smaller
     base |= zip(("train_sets", "eval_sets"), sources.SETS[kind], strict=True)
-    if name == "voc12" and kind == "voc":  # section 4.3; VOC2012 test has no public annotations
+    if name == "voc12" and kind == "voc":  # Section 4.3. VOC2012 test has no public annotations: so
+        # without --eval-sets the mAP is of 2007:test, which is trained on here.
         base["train_sets"] = ["2007:trainval", "2007:test", "2012:trainval"]
     recipe = RECIPES[name]
     if name == "budget" and not given.device.startswith("cuda"):
@@ -297,11 +298,11 @@ def forward_backward(
             # The mean over the micro-batches: backward adds to the gradients that are there.
             ((loss_loc + loss_conf) / args.accumulate).backward()
         parts.append(torch.stack([loss_loc, loss_conf, count / len(inputs)]).detach())
-    loc, conf, positives = torch.stack(parts).sum(0) / args.accumulate
+    means = torch.stack(parts).sum(0) / args.accumulate  # loss_loc, loss_conf, positives
     # A small image has fewer maps (--sizes): layers that it does not reach have no gradient.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    logged = torch.stack([loc, conf, positives, norm, norm.new_tensor(stopping)])
+    logged = torch.stack([*means, norm, norm.new_tensor(stopping)])
     if dist.is_initialized():
         dist.all_reduce(logged)
         logged /= dist.get_world_size()
@@ -330,9 +331,8 @@ def update(optimizer: torch.optim.Optimizer, step: int, logged: dict, args) -> T
 def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=print) -> ScratchDet:
     """The network of the flags, with the checkpoint's weights, those of --init, or random ones."""
     start = checkpoint or (read_checkpoint(args.init) if args.init else {"config": {}})
-    names = [field.name for field in fields(Config) if hasattr(args, field.name)]
     # `args.classes` is the file of --classes; the names come from the data.
-    flags = {name: getattr(args, name) for name in names} | {"classes": classes}
+    flags = {f.name: getattr(args, f.name) for f in fields(Config)} | {"classes": classes}
     model = ScratchDet(Config.from_dict(start["config"] | flags))
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -344,8 +344,8 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     """The module that a step calls. Its parameters are the model's.
 
-    On a CPU it is the model on all threads; else the model, in DistributedDataParallel if there are
-    several ranks, compiled if asked.
+    In one process on a CPU it is the model on all threads; else the model, compiled if asked, in
+    DistributedDataParallel if there are several ranks.
     """
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
@@ -376,8 +376,8 @@ def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -
 
     `stream(step, images, size)` gives micro-batches from that step on; `micro` is their usual size.
     """
-    # On a CPU an image costs the same in any large batch: time 8 to know 128.
-    probe = 8 if model.priors_cxcywh.is_cpu and micro > 16 else micro
+    # On a CPU an image costs the same in any large batch: time 16 to know 128.
+    probe = min(micro, 16) if model.priors_cxcywh.is_cpu else micro
     sizes, _, steps_done = stages(args)
     streams = {size: stream(0, probe, size) for size in sizes}
 

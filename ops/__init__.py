@@ -73,7 +73,8 @@ def _postprocess(loc, logits, priors_cxcywh, score_threshold, top_k, iou_thresho
     return boxes, boxes.new_empty(shape), labels, labels.new_empty(shape[:1])
 
 
-# The one op with a gradient, in the logits; its backward is another op, which has none.
+# The one op with a gradient, in the logits. Its backward is another op. That has none, but keeps
+# the layer for one: so a second derivative is an error, and not silently wrong.
 @_op(reference.mined_cross_entropy, autograd=True)
 def _mined(logits, labels, negatives_per_positive):
     return logits.new_empty(labels.shape, dtype=torch.float32)
@@ -262,7 +263,7 @@ def _fail(op, argument, contract, got):
 
 
 def describe() -> str:
-    """One line: `ops: match mined_cross_entropy nms postprocess - cpu+cuda`."""
+    """One line: `ops: colour match mined_cross_entropy nms postprocess - cpu+cuda`."""
     compiled = "+".join(device for device, is_built in COMPILED.items() if is_built)
     what = compiled or "plain PyTorch"
     if MODE == "emulate":
@@ -291,7 +292,7 @@ def _load():
             _say(
                 f"no {device.upper()} kernels: {error}.\n  So on {device.upper()} tensors the ops "
                 "run as plain PyTorch: the same results, but slower (on a CPU, detection takes "
-                "about a second an image).\n  "
+                "about a second per image).\n  "
                 "SCRATCHDET_OPS=reference silences this, SCRATCHDET_OPS=require makes it an error."
             )
 

@@ -57,9 +57,8 @@ def decode(loc: Tensor, priors_cxcywh: Tensor) -> Tensor:
 
 def value_and_chroma(x: Tensor) -> tuple[Tensor, Tensor]:
     """V = max and V - min over the channels: (N, 3, H, W) -> (N, H, W) each."""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    return value, value - torch.minimum(torch.minimum(r, g), b)
+    value = x.amax(dim=1)
+    return value, value - x.amin(dim=1)
 
 
 def jitter_colour(images: Tensor, jitter: Tensor) -> Tensor:

@@ -53,7 +53,10 @@ def write_json(path: Path, content: object) -> None:
 
 
 def describe(args: argparse.Namespace, config, where: str, world: int) -> dict:
-    """All that the results of a run depend on, as plain data for run.json and every checkpoint."""
+    """All that the results of a run depend on, as plain data for run.json and every checkpoint.
+
+    It holds `args` itself, so it also has what train.main decides later.
+    """
     about = {"args": vars(args), "config": asdict(config), "commit": machine.commit()}
     about |= {"torch": str(torch.__version__), "processes": world}
     return about | {"machine": where + (f", {world} processes" if world > 1 else "")}

@@ -121,7 +121,10 @@ class Step(torch.autograd.Function):
 
 
 class Threads(nn.Module):
-    """`model`, trained by `parts` threads. Each batch must have at least that many images."""
+    """`model`, trained by `parts` threads, each with `each` threads of OpenMP.
+
+    Each batch must have at least `parts` images.
+    """
 
     def __init__(self, model: nn.Module, parts: int, each: int = 1):
         super().__init__()

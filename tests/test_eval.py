@@ -70,7 +70,7 @@ class Oracle(torch.nn.Module):
     def forward(self, images):
         answers = targets(self.records[self.at : self.at + len(images)], self.priors_cxcywh)
         self.at += len(images)
-        return answers[1], 20 * torch.nn.functional.one_hot(answers[0], self.config.num_classes)
+        return answers[1], 20.0 * torch.nn.functional.one_hot(answers[0], self.config.num_classes)
 
 
 def targets(records, priors_cxcywh):
