@@ -44,6 +44,7 @@ from plumbing.pictures import (
     drawing_folder,
     find_pictures,
     names_to_draw,
+    save_drawn,
     upright,
 )
 from plumbing.program import Help, check_file, check_range, run_program
@@ -258,10 +259,7 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
         print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
         if folder:
             boxes, scores, labels = found.above(args.min_score)
-            drawn = folder / names[path]
-            if drawn.is_symlink():  # it may lead to somebody's original
-                raise ValueError(f"--draw {folder}: {drawn.name} there is a link; choose another")
-            draw_boxes(image, boxes, labels, scores, classes).save(drawn)
+            save_drawn(draw_boxes(image, boxes, labels, scores, classes), folder / names[path])
     if rows and not any(d["score"] >= args.min_score for r in rows for d in r["detections"]):
         print(
             f"nothing found in {len(rows)} pictures. This checkpoint knows {', '.join(classes)}, "
@@ -283,7 +281,8 @@ def detect_film(model, args: argparse.Namespace) -> int:
     --draw writes them with boxes, again as motion JPEG.
     -> the exit status: 1 if a frame could not be read, else 0.
     """
-    classes, rows, failed, begin = model.config.classes, [], 0, time.perf_counter()
+    classes, rows, done, failed = model.config.classes, [], 0, 0
+    begin = time.perf_counter()
     with open(args.draw or os.devnull, "wb") as film:
         for n, frame in enumerate(split_jpegs(sys.stdin.buffer)):
             try:
@@ -294,17 +293,20 @@ def detect_film(model, args: argparse.Namespace) -> int:
                 continue
             # One scale: a film is to keep up with its camera.
             found = detect_image(model, image)
-            rows.append(as_json(f"frame {n}", image, found, classes))
-            print(f"frame {n}: {in_words(rows[-1], args.min_score)}", flush=True)
+            row = as_json(f"frame {n}", image, found, classes)
+            print(f"frame {n}: {in_words(row, args.min_score)}", flush=True)
+            done += 1
+            if args.json:
+                rows.append(row)
             if args.draw:
                 boxes, scores, labels = found.above(args.min_score)
                 draw_boxes(image, boxes, labels, scores, classes).save(film, "JPEG", quality=90)
-    if not rows:
+    if not done:
         raise ValueError(
             "-: no JPEG frame on standard input. ffmpeg -i FILM -f mjpeg - writes them"
         )
-    rate = len(rows) / (time.perf_counter() - begin)
-    print(f"{len(rows)} frames, {rate:.1f}/s" + (f", drawn: {args.draw}" if args.draw else ""))
+    rate = done / (time.perf_counter() - begin)
+    print(f"{done} frames, {rate:.1f}/s" + (f", drawn: {args.draw}" if args.draw else ""))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 1 if failed else 0

@@ -25,7 +25,7 @@ from detect import COCO_MULTI_SCALE, MULTI_SCALE, detect_image, load_and_describ
 from metrics import Detections, summarise
 from plumbing import sources, submission
 from plumbing.files import Record, decode_pixels, open_record, to_disk
-from plumbing.pictures import draw_found, drawing_folder, save_sheet
+from plumbing.pictures import draw_found, drawing_folder, save_drawn, save_sheet
 from plumbing.program import Help, Progress, check_file, check_range, run_program
 from plumbing.tables import results_text
 from plumbing.threads import THREADS, spread
@@ -76,7 +76,7 @@ def evaluate(
 ) -> tuple[dict, list[Detections]]:  # fmt: skip
     """Runs the model over the records and measures it -> (the dict of `summarise`, detections).
 
-    For train.py; `main` below does the two steps itself, since it has several ways to detect.
+    `main` below does the two steps itself, since it has several ways to detect.
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
     """
     if world > 1:
@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
     if args.draw is not None:
         drawing_folder(args.draw, [r.path for r in records])
+    submission.check_comp4(args.comp4, records)
 
     if args.multi_scale:
         print("multi-scale: RefineDet320's passes, rescaled (the paper does not describe its own)")
@@ -173,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     submission.write(args, records, found, classes)
     if args.draw:
         for record, one in zip(records, found, strict=True):
-            picture = draw_found(record, one, classes, args.min_score)
-            picture.save(Path(args.draw) / to_disk(f"{record.name.replace('/', '_')}.jpg"))
+            name = to_disk(f"{record.name.replace('/', '_')}.jpg")
+            save_drawn(draw_found(record, one, classes, args.min_score), Path(args.draw) / name)
         print(f"drawn: {args.draw}/ (truth green, detections from {args.min_score:g} orange)")
 
 

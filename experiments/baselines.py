@@ -64,11 +64,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, c_in: int, c_out: int, *, stride: int, bn: bool, dilation: int = 1):
+    def __init__(self, c_in: int, c_out: int, *, stride: int, bn: bool):
         super().__init__()
         mid = c_out // self.expansion
         self.conv1 = conv_bn(c_in, mid, 1, bn=bn)
-        self.conv2 = conv_bn(mid, mid, 3, stride=stride, padding=dilation, dilation=dilation, bn=bn)
+        self.conv2 = conv_bn(mid, mid, 3, stride=stride, bn=bn)
         self.conv3 = conv_bn(mid, c_out, 1, bn=bn, relu=False)
         same = stride == 1 and c_in == c_out
         self.shortcut = (

@@ -1,4 +1,4 @@
-"""Guess the bug: a real bug of a published detector, planted where you do not see it.
+"""Guess the bug: one of a kind that published detectors had, planted where you do not see it.
 
     python -m experiments.bug                           the twelve, the easiest first
     python -m experiments.bug 7                         train with it and without: what do you see?
@@ -40,6 +40,7 @@ from plumbing import sources
 from plumbing.files import Record, decode_pixels, open_record
 from plumbing.pictures import draw_boxes, letters, save_sheet
 from plumbing.program import Progress, run_program
+from plumbing.run_folder import is_ours
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
 from scratchdet import load_detector
 
@@ -99,8 +100,9 @@ BUGS = [
         "a relative: jwyang/fpn.pytorch #6 numbers anchors one way for scores, another for boxes"),
     Bug("rows of the first image for all",
         "It is the loss of the offsets that stays high. Would it with a batch of one picture?",
-        "Every picture of a batch is given the boxes of the first one. Which picture is the first "
-        "changes from step to step, so the offsets can never be right.",
+        "Every picture of a batch is given the boxes of the first ones, but for the one prior that "
+        "each object is sure of. Which picture is the first changes from step to step, so the "
+        "offsets can never be right.",
         "a relative: google/cameratrapai #45 gives the whole batch the answers of its first image"),
     Bug("boxes not mirrored with the image",
         "Half of the time all is right. What is random in this training?",
@@ -326,6 +328,9 @@ def play(number: int, folder: Path) -> None:
         if mark.is_file() and mark.read_text() == code_now():  # by just this code
             del runs[right]
         for out in runs:
+            inside = [*out.iterdir()] if out.is_dir() else []
+            if not all(is_ours(path) or path.name in ("seen", "code") for path in inside):
+                raise ValueError(f"--out {folder}: {out.name}/ there is no run; choose another")
             shutil.rmtree(out, ignore_errors=True)
         tasks = {out: pool.submit(learn, where, out, data) for out, where in runs.items()}
         progress = Progress(len(tasks) * STEPS, "learning", unit="steps", every=15)

@@ -29,7 +29,7 @@ from numpy import ndarray as Array
 import eval as evaluation
 from experiments import errors, report
 from metrics import SIZES, VocMatches, mean, voc_average, voc_match, voc_outcome
-from plumbing.program import Progress, check_range, run_program
+from plumbing.program import Progress, check_file, check_range, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags
 
 PARTS = {"all": (0.0, np.inf), **SIZES}  # objects by their side, as in metrics.voc_ap
@@ -95,11 +95,9 @@ def won_and_lost(a: Array, b: Array) -> tuple[Array, Array]:
     return np.flatnonzero(b & ~a), np.flatnonzero(a & ~b)
 
 
-def tally(v: errors.Verdicts, won: Array, lost: Array, classes: Sequence[str], records) -> dict:
+def tally(one: Detector, won: Array, lost: Array, classes: Sequence[str]) -> dict:
     """{class or size: (objects, won, lost)}."""
-    scale = np.array([300 * 300 / (r.size[0] * r.size[1]) for r in records])
-    sides = v.objects.boxes_xyxy[:, 2:] - v.objects.boxes_xyxy[:, :2] + 1
-    side = np.sqrt(np.maximum(sides.prod(axis=1) * scale[v.objects.image], 0))
+    v, side = one.verdicts, one.matches.object_side
     groups = {name: (side >= low) & (side < high) for name, (low, high) in SIZES.items()}
     groups |= {name: v.objects.label == c for c, name in enumerate(classes, start=1)}
     real = ~v.objects.difficult
@@ -238,6 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, Array]:
     check_range(args, "draws", 1)
     if args.out and len(args.runs) != 2:
         raise ValueError(f"--out {args.out}: a page compares two runs, not {len(args.runs)}")
+    check_file(args.out, *map(errors.checkpoint_of, args.runs))
 
     records, classes, detectors, metric = measure(args.runs, args)
     values = bootstrap(detectors, args.draws, metric)
@@ -246,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, Array]:
         print(f"{letter} = {run}")
     if len(detectors) == 2:
         won, lost = won_and_lost(*(one.found() for one in detectors))
-        counts = tally(detectors[0].verdicts, won, lost, classes, records)
+        counts = tally(detectors[0], won, lost, classes)
         tables = [errors.confusion(one.verdicts, one.threshold) for one in detectors]
         words = sentence(values, counts, confused(*tables, classes))
         print(f"\n{words}\n")

@@ -7,6 +7,7 @@ kernel spills registers to memory or the files do not link into one library (a f
 has to be `inline`), and 0 without a word of success where there is no nvcc.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -66,11 +67,22 @@ def link(sources, folder):
     return not result.returncode
 
 
+def find(program):
+    """On the PATH, in CUDA_HOME, in the usual folder or among pip's packages; or None."""
+    pip = importlib.util.find_spec("nvidia")
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    folders += [
+        p for f in (pip.submodule_search_locations if pip else []) for p in Path(f).glob("*/bin")
+    ]
+    found = shutil.which(program)
+    return found or next((str(f / program) for f in folders if (f / program).is_file()), None)
+
+
 def main(arguments):
     if {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return 0
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    nvcc = find("nvcc")
     if nvcc is None:
         print("no nvcc on this machine: the CUDA files were NOT compiled")
         return 0

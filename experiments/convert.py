@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from experiments import baselines, convert_data  # noqa: F401  a detector may have any network
 from plumbing.files import read_classes
-from plumbing.program import Help, run_program
+from plumbing.program import Help, check_file, run_program
 from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
 
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         "--classes", metavar="FILE", help="detector: names, one per line (default: VOC's 20)"
     )
     args = parser.parse_args(argv)
+    check_file(args.out, args.file, *filter(None, [args.classes]))
     if args.kind == "vgg16" and args.classes:
         raise ValueError(f"--classes {args.classes}: ImageNet's VGG-16 brings no class scores")
     if args.kind == "vgg16":
@@ -175,7 +176,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.classes:
             classes = tuple(read_classes(args.classes))
         start = from_detector(args.file, classes)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.save(start, args.out)
     print(f"wrote {args.out}: {len(start['model'])} tensors; python train.py --init {args.out}")
 

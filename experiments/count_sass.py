@@ -15,11 +15,9 @@ finding out what cannot be fast, and for comparing two versions of a kernel.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.compile_cuda import OPS, kernel_name
+from experiments.compile_cuda import OPS, find, kernel_name
 
 PROCESSORS, SCHEDULERS, CLOCK, BYTES_PER_S = 132, 4, 1.98e9, 4.3e12
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 << 10, 2048, 32  # of one multiprocessor, sm_90
@@ -103,17 +101,6 @@ class Instruction(NamedTuple):
     opcode: str
     line: str  # of the source
     target: int | None  # of a branch, as an index
-
-
-def find(program, package=""):
-    """On the PATH, in CUDA_HOME, in the usual folder or among pip's packages; or None."""
-    pip = importlib.util.find_spec("nvidia")
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
-    folders += [
-        p for f in (pip.submodule_search_locations if pip else []) for p in Path(f).glob("*/bin")
-    ]
-    found = shutil.which(program)
-    return found or next((str(f / program) for f in folders if (f / program).is_file()), None)
 
 
 def disassemble(text, folder):

@@ -45,7 +45,6 @@ from metrics import (
     class_and_image,
     class_ranges,
     overlaps,
-    summarise,
     tabulate,
     take_turns,
     voc_f1,
@@ -88,7 +87,7 @@ def judge(records: list[Record], detections: list[Detections], num_classes: int)
     objects (COCO: crowds) are none; a wrong detection more than half inside one is ignored.
     """
     objects, guesses = tabulate(records, detections, num_classes)
-    guesses = best_of_each_image(guesses, objects)
+    guesses = best_of_each_image(guesses)
     d_all, g_all = len(guesses.label), len(objects.label)
     usable = np.flatnonzero(~objects.difficult)
     plain = Objects(*(column[usable] for column in objects))
@@ -161,7 +160,7 @@ def greedy(guesses: Guesses, objects: Objects, d: Array, g: Array, iou: Array, s
     return turn[together > 0]
 
 
-def best_of_each_image(guesses: Guesses, objects: Objects) -> Guesses:
+def best_of_each_image(guesses: Guesses) -> Guesses:
     """The best `PER_IMAGE` detections of each image, of all classes."""
     order = np.lexsort((guesses.row, -guesses.score, guesses.image))
     counts = np.bincount(guesses.image)
@@ -565,11 +564,11 @@ def detect_in(run: str, args: argparse.Namespace, data: tuple | None = None):
     where, sets, first = data
     classes = model.config.classes
     records = sources.open_data(where, sets, classes)[0][:first]
-    found = evaluation.run_detector(
-        model, records, batch_size=args.batch_size, workers=args.workers
-    )
-    metric = evaluation.metric_of(where.data, sets)
-    return records, found, classes, summarise(records, found, classes, metric), data
+    results, found = evaluation.evaluate(
+        model, records, metric=evaluation.metric_of(where.data, sets),
+        batch_size=args.batch_size, workers=args.workers,
+    )  # fmt: skip
+    return records, found, classes, results, data
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -588,6 +587,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     sources.check_eval_flags(args)
     check_range(args, "suspects plant", 0)
+    if args.plant and not args.suspects:
+        raise ValueError(f"--plant {args.plant}: among how many suspects? Add --suspects N")
     folder = Path(args.out) if args.out else checkpoint_of(args.run).parent
     records, found, classes, results, _ = detect_in(args.run, args)
     if not any(len(record.labels) for record in records):

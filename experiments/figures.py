@@ -127,6 +127,8 @@ def chart(
 def curves(panels, width=330, height=250, **axes):
     """{title: {name: [(x, y)]}} -> SVG file: panels side by side, one legend below."""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    if len(names) > len(COLOURS):
+        raise ValueError(f"{len(names)} lines: a figure has colours for {len(COLOURS)}")
     parts = []
     for i, (title, lines) in enumerate(panels.items()):
         numbered = {names.index(name): line for name, line in lines.items()}

@@ -106,11 +106,11 @@ def bench(rng):
         calls = {name: lambda *t, f=f: f(*t, 0.5) for name, f in calls.items()}
         tensors, peer = (priors_xyxy, *objects(128, mean, rng)), peers.torchvision_match()
         compare("match", f"batch 128, {mean} boxes an image", tensors, calls, peer)
-    logits = outputs(32, "trained", rng)[1]
-    labels = torch.where(torch.rand(32, 8732, generator=rng) < 0.003, 1, 0)  # 26 positives an image
+    logits = outputs(128, "trained", rng)[1]
+    labels = torch.where(torch.rand(128, 8732, generator=rng) < 0.003, 1, 0)  # 26 an image
     calls = {"kernel": ops.mined_cross_entropy, "reference": reference.mined_cross_entropy}
     calls = {name: lambda *t, f=f: f(*t, 3) for name, f in calls.items()}
-    compare("mined_cross_entropy", "batch 32, forward", (logits, labels), calls, None)
+    compare("mined_cross_entropy", "batch 128, forward", (logits, labels), calls, None)
     for regime in ("trained", "untrained"):
         for dtype in (torch.float32, torch.bfloat16):
             loc, logits = [x.to(dtype) for x in outputs(32, regime, rng)]

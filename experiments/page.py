@@ -30,7 +30,7 @@ from experiments import baselines, demo  # noqa: F401  their checkpoints can be 
 from plumbing.files import Record, decode_pixels, open_image, open_record
 from plumbing.network import count_macs
 from plumbing.pictures import upright
-from plumbing.program import run_program
+from plumbing.program import check_file, run_program
 from plumbing.shapes import SHAPE_CLASSES, draw_image
 from plumbing.sources import add_data_flags, kind_of, open_test_set
 from scratchdet import PRIORS, BasicBlock, Config, Head, ResNet, ScratchDet, load_detector
@@ -288,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--eval-sets", nargs="+", metavar="SET", help="as of train.py")
     args = parser.parse_args(argv)
     images = args.images or []
+    check_file(args.out, *([args.checkpoint] if args.checkpoint.endswith(".pt") else []), *images)
     if args.eval_sets and kind_of(args) == "shapes":
         raise ValueError(
             "--eval-sets: of which data? Expected --voc-root DIR or another root beside"

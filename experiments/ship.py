@@ -22,7 +22,6 @@ from torch import Tensor
 import eval as evaluation
 import train
 from experiments import baselines  # noqa: F401  a checkpoint may have any network
-from metrics import summarise
 from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import check_file, run_program
@@ -210,11 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     def measure(sets: list[str], first: int | None = None) -> dict:
         args.eval_sets = sets
         records = open_test_set(args, about, tuple(config["classes"]))[:first]
-        found = evaluation.run_detector(
-            model, records, batch_size=args.batch_size, workers=args.workers
-        )
-        metric = evaluation.metric_of(about["data"], sets)
-        return summarise(records, found, config["classes"], metric)
+        return evaluation.evaluate(
+            model, records, metric=evaluation.metric_of(about["data"], sets),
+            batch_size=args.batch_size, workers=args.workers,
+        )[0]  # fmt: skip
 
     tested, trained = args.eval_sets or about["eval_sets"], about["train_sets"]
     results, some = measure(tested), measure(tested, FIRST)

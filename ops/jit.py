@@ -4,10 +4,10 @@
     build("emulate", ["match.cu", ...], emulate=True)   the CUDA sources by g++, through emulate.h
     build("cuda", ["match.cu", ...])            nvcc, for the cards of this machine
 
-One folder holds one library, and its name holds all that a library depends on but its sources:
-torch, Python, compiler, flags, and the CPU's instruction set (-march=native of another machine is
-an illegal instruction here) or the cards' architecture. A file `built` in it holds the hash of
-the sources, so that a second import starts no compiler.
+One folder holds the libraries of one name, one for each state of the sources. The folder's name
+holds all else that a library depends on: torch, Python, compiler, flags, and the CPU's instruction
+set (-march=native of another machine is an illegal instruction here) or the cards' architecture. A
+file `built` in it holds the hash of the sources, so that a second import starts no compiler.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class BuildError(RuntimeError):
     """Cause and remedy of a library that could not be built or loaded."""
 
 
-def build(name, sources, flags=(), *, emulate=False, load=True):
+def build(name, sources, flags=(), *, emulate=False):
     """Compile `sources` (relative to ops/, or absolute) into one library and load it.
 
     `flags` are added for every compiler, to the link as well where they start with -fsanitize.
@@ -73,12 +73,11 @@ def build(name, sources, flags=(), *, emulate=False, load=True):
                 stamp.write_text(digest)
             except OSError as error:  # such as a full disk
                 raise BuildError(f"{folder} cannot be written ({error})") from error
-        if load:
-            try:
-                torch.ops.load_library(library)
-            except OSError as error:
-                message = f"{library} does not load ({error}). Remove it: rm -r {folder}"
-                raise BuildError(message) from error
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            message = f"{library} does not load ({error}). Remove it: rm -r {folder}"
+            raise BuildError(message) from error
     return library
 
 
@@ -126,8 +125,13 @@ def _only_one(folder):
     Without locks (Windows; some network file systems) two processes may build at once: each in a
     folder of its own, and the library appears by a rename.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "in_use", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "in_use", "w")
+    except OSError as error:
+        remedy = "Remove it, or free some space"
+        raise BuildError(f"{folder} cannot be written ({error}). {remedy}") from None
+    with file:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
@@ -198,7 +202,7 @@ def _compile(library, sources, flags, *, cuda):
 
 
 def _load_extension(*arguments, **options):
-    """torch.utils.cpp_extension.load, without the loading: `build` does that, if it is wanted.
+    """torch.utils.cpp_extension.load, without the loading: `build` does that.
 
     torch's warnings about its own tools are left out; an error says what is wrong. So is its lock,
     which fails where a file system has none: the folder is this process's own.

@@ -4,8 +4,8 @@
 //          +----------------+                walks down the image's boxes, which lie in shared
 //   boxes  | IoU never      |  -> max of a   memory. A warp first votes whether any of 32 priors
 //   0..G-1 | stored         |     row: warp  touches the box: of neighbours, mostly none does. Down
-//          +----------------+     shuffles   a column: the prior's best box. Along a row: the box's
-//            max of a column: registers      best prior, by shuffles within a warp and one atomicMax
+//          +----------------+     maxima     a column: the prior's best box. Along a row: the box's
+//            max of a column: registers      best prior, by max_of_warp (device.h) and one atomicMax
 //                                            a warp. Both maxima keep the lowest index on ties.
 //
 // Then the greedy step, by one warp: the best pair first, until no box is free. A box's best prior

@@ -1,8 +1,8 @@
 // mined_cross_entropy on the CPU: one pass over the logits. A thread takes whole images.
 //
 //   1. cross-entropies of 32 priors at a time, one a vector lane: no sum runs across lanes;
-//   2. the negatives' border, by a histogram of the numbers' upper bits and a selection among the
-//      few that share the border's bin;
+//   2. the negatives' border, by a histogram of the numbers' upper bits and a selection among those
+//      in the border's bin and above;
 //   3. zeros for what is below it.
 // The gradient is softmax - one-hot in the few rows that counted, and zeros elsewhere.
 #include <torch/csrc/stable/library.h>

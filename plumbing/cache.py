@@ -55,7 +55,7 @@ def build_cache(records: list[Record], folder: str | Path) -> Path:
     total = int(cache_starts(records)[-1])
     files, stamp = hashlib.sha256(), hashlib.sha256()
     for record in records:
-        files.update(f"{record.path.resolve()} {record.size}\n".encode())
+        files.update(f"{record.path.resolve()} {record.size}\n".encode("utf-8", "surrogateescape"))
         try:
             status = os.stat(record.path)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Download a data set: python data.py --fetch voc2007 voc2012 --to DIR. Standard library only.
+"""Download a data set: python data.py --fetch voc2007 voc2012 --to DIR.
 
     DIR/NAME.part    being downloaded; the same command continues where it stopped
     DIR/NAME         downloaded and checked; an archive that you put there yourself is used and kept
@@ -13,7 +13,6 @@ import hashlib
 import http.client
 import os
 import re
-import shutil
 import stat
 import sys
 import tarfile
@@ -27,6 +26,8 @@ from typing import IO, NamedTuple
 from zlib import error as zlib_error
 
 from plumbing.files import stays_inside
+from plumbing.machine import free_space
+from plumbing.program import duration
 
 
 class Archive(NamedTuple):
@@ -131,6 +132,8 @@ def main(
                 done(archive, folder).touch()
                 if own:
                     path.unlink()
+                else:
+                    print(f"{path} was there before and is kept; it is not needed any more")
             else:
                 print(f"{archive.name}: is there")
     except OSError as error:
@@ -169,8 +172,8 @@ def check_space(todo: Sequence[Archive], folder: Path) -> None:
         return
     parts = (folder / f"{a.name}{end}" for a in todo for end in ("", ".part"))
     needed = sum(a.unpacked for a in todo) + max(a.size for a in todo) - sum(map(size_of, parts))
-    total, _, free = shutil.disk_usage(folder)
-    if total and free < needed:  # a total of 0: the file system does not say
+    free = free_space(folder)
+    if free < needed:
         raise ValueError(
             f"--to {folder}: {needed / 1e9:.1f} GB needed to download and unpack, {free / 1e9:.1f} "
             "GB free. Name another folder"
@@ -200,7 +203,7 @@ class Progress:
         rate = (done - self.start) / max(1e-9, now - self.begin)
         left = round(max(0, self.total - done) / rate) if rate > 0 else 0
         line = f"{self.what}  {done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB  "
-        line += f"{rate / 1e6:.1f} MB/s  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        line += f"{rate / 1e6:.1f} MB/s  ETA {duration(left)}"
         print(f"\r{line}  " if self.live else line, file=sys.stderr, flush=True,
               end="" if self.live and not last else "\n")  # fmt: skip
 

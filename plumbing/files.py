@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
 
 from plumbing.run_folder import FILES
@@ -116,8 +117,8 @@ class Findings:
             self.notes.setdefault(what, []).append(str(where))
 
     def say(self) -> None:
-        """Prints what was corrected or left out since the last call."""
-        if self.collect:
+        """Prints what was corrected or left out since the last call; of several ranks only one."""
+        if self.collect or (dist.is_initialized() and dist.get_rank() > 0):
             return
         lines = [(what, self._counts[what], places[0]) for what, places in self.handled.items()]
         for kind, entries in self.dropped.items():

@@ -112,6 +112,8 @@ def with_legend(image: Image.Image, labels: np.ndarray, classes: Sequence[str], 
 
 def save_sheet(path: str | Path, pictures: Sequence[Image.Image], columns: int) -> None:
     """Writes one picture that shows many, in columns 300 pixels wide."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: expected the name of a picture, such as sheet.png")
     side, gap = 300, 4
     heights = [0] * min(columns, max(1, len(pictures)))
     places = []
@@ -183,6 +185,13 @@ def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
     return make_folder(folder, "--draw")
 
 
+def save_drawn(picture: Image.Image, path: Path) -> None:
+    """Saves a drawn picture, but not through a link, which may lead to somebody's original."""
+    if path.is_symlink():
+        raise ValueError(f"--draw {path.parent}: {path.name} there is a link; choose another")
+    picture.save(path)
+
+
 def find_pictures(names: list[str]) -> list[Path]:
     """The pictures named, and those inside the folders named, without hidden files."""
     pictures = []
@@ -210,9 +219,9 @@ def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
     own, names, used = Counter(path.name for path in pictures), {}, set()
     for path in dict.fromkeys(pictures):
         parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]
-        while (name := "_".join(all_parts[-parts:])) in used and parts < len(all_parts):
+        end = "" if path.suffix.lower() in Image.registered_extensions() else ".jpg"
+        while (name := "_".join(all_parts[-parts:]) + end) in used and parts < len(all_parts):
             parts += 1
-        known = path.suffix.lower() in Image.registered_extensions()
-        names[path] = name if known else f"{name}.jpg"
-        used |= {name, names[path]}
+        names[path] = name
+        used.add(name)
     return names

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -26,8 +26,11 @@ from plumbing.workers import PREFETCH
 
 def size_and_share(text: str) -> tuple[int, float]:
     """One value of --sizes: "160:.45" -> (160, 0.45)."""
-    size, share = text.split(":")
-    return int(size), float(share)
+    try:
+        size, share = text.split(":")
+        return int(size), float(share)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: expected SIZE:SHARE, such as 160:.5") from None
 
 
 def check_flags(args: Namespace, given: Namespace) -> None:
@@ -192,10 +195,11 @@ def check_space(model: nn.Module, args: Namespace) -> float:
     """GB of the run's checkpoints; ValueError if the disk has less."""
     out = Path(args.out)
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    # weights and momentum, in three files: last.pt, previous.pt and the one being written
+    # weights and momentum, in three files: last.pt, previous.pt and the one being written; those of
+    # an older run are moved aside, not replaced
     size = sum(p.numel() * p.element_size() for p in model.parameters()) * 2
-    missing = [n for n in ("last.pt", "previous.pt", "last.tmp") if not (out / n).exists()]
-    needed = size * len(missing)
+    files = [out / name for name in ("last.pt", "previous.pt", "last.tmp")]
+    needed = size * sum(not (args.resume and file.exists()) for file in files)
     free = free_space(existing)
     if needed > free:
         raise ValueError(

@@ -5,7 +5,8 @@ log.jsonl             one JSON object per line: a step, or a measurement on the 
 run.json              arguments, network, commit, machine
 nonfinite.json        the images of the last step with a NaN or Inf, if there was one
 detections/           sheets of detections beside the ground truth
-results.json report.html page.html    written at the end
+results.json, errors.json, report.html    written at the end
+suspects.html         of experiments.errors --suspects
 left_out.txt          what --drop-bad left out
 run.lock              empty; locked while a train.py writes here
 """

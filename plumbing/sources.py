@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from plumbing import coco, voc, yolo
 from plumbing.check import check_headers, leave_out_unreadable
@@ -189,8 +188,7 @@ def open_data(
         records, names = relabel(records, names, classes, sets, found), classes
     if found.drop and annotated and not any(len(record.labels) for record in records):
         raise BadData(root, f"--drop-bad leaves no object at all of {' '.join(sets)}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        found.say()
+    found.say()
     return records, tuple(names)
 
 
@@ -254,7 +252,7 @@ def open_test_set(args: Namespace, saved: dict, classes: Sequence[str]) -> list[
     found, sets, first = from_run(args, saved)
     vars(args).update(vars(found), eval_sets=sets)
     submission_of = vars(args).get("comp4"), vars(args).get("results")
-    if submission_of[0] and (args.data == "coco" or len(sets) > 1):
+    if submission_of[0] and (args.data in ("coco", "yolo") or len(sets) > 1):
         raise ValueError(
             "--comp4 is the submission of one set of VOC, such as --eval-sets 2012:test; asked of "
             f"{args.data}, {' '.join(sets)}"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from plumbing.coco import category_ids
 from plumbing.files import Record, to_disk
+from plumbing.program import check_file, make_folder
+
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
 def write_results(
@@ -51,18 +54,27 @@ def write_comp4(
                 corners = " ".join(f"{max(v, 1):.1f}" for v in box)
                 lines.append(f"{record.name} {score:.6f} {corners}\n")
         files[f"{inside}{name.replace('/', '_')}.txt"] = "".join(lines)
-    if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+    if path.name.endswith(ARCHIVES):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as archive:
             for name, text in files.items():
+                content = text.encode("utf-8", "surrogateescape")
                 member = tarfile.TarInfo(name)
-                member.size = len(text.encode())
-                archive.addfile(member, io.BytesIO(text.encode()))
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
         return
     for name, text in files.items():
         file = path / to_disk(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def check_comp4(path: str | None, records: list[Record]) -> None:
+    """ValueError before the evaluation where --comp4 could not be written after it."""
+    if path and path.endswith(ARCHIVES):
+        check_file(path, *(record.path for record in records))
+    elif path:
+        make_folder(Path(path), "--comp4")
 
 
 def write(args, records: list[Record], found: list[tuple], classes: Sequence[str]) -> None:

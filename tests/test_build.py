@@ -122,11 +122,15 @@ def test_a_file_system_without_locks(source, monkeypatch, error):
 
 @needs_compiler
 def test_a_full_disk_is_one_message(source, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(jit.os, "replace", fail)
-    with pytest.raises(BuildError, match="cannot be written .*No space left"):
+    with monkeypatch.context() as patch:
+        patch.setattr(jit.os, "replace", fail)
+        with pytest.raises(BuildError, match="cannot be written .*No space left"):
+            jit.build("tiny", [source])
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(BuildError, match="cannot be written .*No space left.*free some space"):
         jit.build("tiny", [source])
 
 

@@ -216,3 +216,7 @@ def test_classes_from_a_file_and_what_is_refused(tmp_path, rng):
         convert.main(["vgg16", str(tmp_path / "coco.pt"), *flags])
     with pytest.raises(ValueError, match="no such checkpoint"):
         convert.main(["detector", str(tmp_path / "absent.pt"), *flags])
+    before = (tmp_path / "coco.pt").read_bytes()
+    with pytest.raises(ValueError, match="coco.pt: would be overwritten"):
+        convert.main(["detector", str(tmp_path / "coco.pt"), "--out", str(tmp_path / "coco.pt")])
+    assert (tmp_path / "coco.pt").read_bytes() == before

@@ -472,6 +472,13 @@ def test_the_cache_gives_the_same_pixels_and_is_rebuilt_when_images_change(tmp_p
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 1
 
 
+def test_a_name_that_is_no_utf8_has_a_cache(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.bmp")
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(path)
+    record = record_of(Path(path), [[1, 1, 5, 5]], size=(20, 10))
+    assert image_cache.build_cache([record], tmp_path / "cache").exists()
+
+
 def test_a_truncated_cache_is_rebuilt(tmp_path, records):
     path = image_cache.build_cache(records, tmp_path)
     good = path.read_bytes()

@@ -295,6 +295,16 @@ def test_command_measures_and_draws(checkpoint, shapes, tmp_path, capsys):
     assert len(corners) == 4
 
 
+def test_command_does_not_draw_through_a_link(checkpoint, shapes, tmp_path):
+    (tmp_path / "original.jpg").write_bytes(b"somebody's")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "test00003.jpg").symlink_to(tmp_path / "original.jpg")
+    flags = ["--voc-root", str(shapes), "--workers", "0", "--draw", str(tmp_path / "drawn")]
+    with pytest.raises(ValueError, match=r"--draw .*drawn: test00003.jpg there is a link"):
+        evaluation.main([checkpoint, *flags])
+    assert (tmp_path / "original.jpg").read_bytes() == b"somebody's"
+
+
 def write_coco(root, records):
     """The records as a COCO tree whose category ids are 10, 20, ..."""
     (root / "annotations").mkdir(parents=True)
@@ -427,7 +437,7 @@ def test_the_metric_of_a_set():
     assert evaluation.metric_of("coco", ["val2017"]) == "coco"
 
 
-def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
+def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys, monkeypatch):
     """VOC2012 test: pictures and a list, nothing to measure."""
     tree = tmp_path / "VOC2012"
     (tree / "ImageSets" / "Main").mkdir(parents=True)
@@ -444,6 +454,12 @@ def test_comp4_without_annotations(checkpoint, shapes, tmp_path, capsys):
 
     with pytest.raises(ValueError, match="of one set of VOC.* asked of voc, 2012:test 2012:test"):
         evaluation.main([*command, "2012:test"])
+    (tmp_path / "file").write_text("mine")  # said before the evaluation
+    monkeypatch.setattr(evaluation, "run_detector", None)
+    with pytest.raises(ValueError, match="--comp4 .*file: no folder can be made there"):
+        evaluation.main([*command, "--comp4", str(tmp_path / "file")])
+    with pytest.raises(ValueError, match="a.tgz: cannot be written"):
+        evaluation.main([*command, "--comp4", str(tmp_path / "file" / "a.tgz")])
     with pytest.raises(ValueError, match="--json .* 2012:test has no annotations"):
         evaluation.main([*command, "--json", str(tmp_path / "numbers.json")])
     (tree / "Annotations").mkdir()  # of one of the two images: a mistake, and not measured

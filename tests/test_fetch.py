@@ -12,6 +12,7 @@ import pytest
 from trees import make_voc
 
 from plumbing import fetch as fetching
+from plumbing import machine
 from plumbing.fetch import SOURCES, Archive, NotTheData, Source
 from plumbing.voc import read_voc
 
@@ -225,7 +226,7 @@ def test_names_and_space(server, tree, tmp_path, monkeypatch):
         run(source_of(server, tree), tmp_path, ["voc2008"])
     with pytest.raises(ValueError, match=r"GB needed to download and unpack, \S+ GB free"):
         run(source_of(server, tree, unpacked=1 << 60), tmp_path)
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: (0, 0, 0))  # it does not say
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: (0, 0, 0))  # it does not say
     assert run(source_of(server, tree), tmp_path / "a") == 0
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--to .*file: "):

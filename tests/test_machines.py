@@ -171,7 +171,7 @@ def no_disk(kind):
 def test_a_file_system_that_does_not_say_its_size_has_room(kind, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.shutil, "disk_usage", no_disk(kind))
     assert machine.free_space(tmp_path) == math.inf
-    args = Namespace(out=str(tmp_path / "run"), workers=2, device="cpu", size=300)
+    args = Namespace(out=str(tmp_path / "run"), workers=2, device="cpu", size=300, resume=False)
     assert plan.check_space(nn.Linear(9, 9), args) > 0
     plan.check_shared_memory(128, args)
     records = read_voc(shapes, ["2007:test"], None)[0]

@@ -187,6 +187,12 @@ def test_arguments_that_make_no_sense(argv, message):
         train.parse_args(argv.split())
 
 
+def test_a_size_without_a_share_is_said(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--sizes", "160"])
+    assert "'160': expected SIZE:SHARE, such as 160:.5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:64"])
 def test_a_device_that_is_not_here(device, tmp_path):
     with pytest.raises(ValueError, match=f"--device {device}: (expected|torch .* sees)"):

@@ -2,7 +2,7 @@
 // prior's best box in a register; a box's best prior is found by 64-bit atomicMax on (IoU, ~prior).
 //
 // What is still slow: every overlapping pair is one atomic in device memory, all on one address a
-// box; and the greedy step is a second launch. The final match.cu reduces a warp by shuffles first.
+// box; and the greedy step is a second launch. The final match.cu finds the maximum of a warp first.
 #include "device.h"
 
 namespace {

@@ -1,5 +1,5 @@
-// Rung 2 of NMS: tiles and bit masks. 64 x 64 pairs share 128 boxes, read once into shared memory,
-// and 64 answers are one word: an eighth of rung 1's bytes, half of them never touched.
+// Rung 2 of NMS: tiles and bit masks. 64 x 64 pairs share 64 boxes in shared memory, each thread
+// has one of 64 others, and 64 answers are one word: an eighth of rung 1's bytes, half of them never touched.
 //
 // What is still slow: the host waits, copies the mask and walks down it.
 #include "tile.h"

@@ -6,7 +6,9 @@ checks on a student's file.
 
 import itertools
 import math
+import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -19,14 +21,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.jit import compiler
-
 OPS = Path(__file__).resolve().parents[2] / "ops"  # nothing of it is imported: nothing is built
 SECONDS = 30  # that one call may take
 
 
 class Wrong(AssertionError):
     """What is wrong with an answer, and for which input."""
+
+
+def compiler() -> list[str]:
+    """As ops.jit's, whose import would build the ops."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 # ------------------------------------------------------------------------------ asking
@@ -616,6 +621,7 @@ def explain(report, kernel):
     hint = {
         "heap-buffer-overflow": "reads or writes outside of `boxes` or `mask`",
         "global-buffer-overflow": "reads or writes outside of shared memory",
+        "unexpected memory mapping": "not your kernel; put `setarch $(uname -m) -R` before pytest",
         "data race": "one thread reads what another writes, and no barrier stands between",
     }
     what = found[0] if found else f"crashes: {report[:300]}"
