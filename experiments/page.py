@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from detect import find_pictures
+from detect import find_pictures, threshold
 from experiments import baselines, demo  # noqa: F401  their checkpoints can be read, too
 from plumbing.files import Record, decode_pixels, open_image, open_record
 from plumbing.network import count_macs
@@ -179,6 +179,7 @@ def load_network(path: str | Path) -> tuple[ScratchDet, dict]:
     args = checkpoint.get("args") or {}
     training = {key: args.get(key) for key in ("data", "recipe", "seed")}
     training |= {"bn": model.config.bn, "commit": checkpoint.get("commit")}
+    training |= {"threshold": threshold(checkpoint)}
     return model, training
 
 

@@ -19,8 +19,9 @@ let picture = null; // the current one
 let priors = [], priorsXyxy = [], mapSizes = [], perCell = [];
 const state = {
   way: null, ways: ["plain"], layers: [], map: 1, cell: null, label: 1, threshold: 0.05, morph: 1,
-  iou: 0.45, step: 0, shown: 0.3, how: "best pair first", matchIou: 0.5, selected: 0, ratio: 3,
-  visited: 0, apLabel: 1, walked: 0, aps: null,
+  iou: 0.45, step: 0, how: "best pair first", matchIou: 0.5, selected: 0, ratio: 3, visited: 0,
+  shown: about.training.threshold ?? 0.3, // as detect.py's
+  apLabel: 1, walked: 0, aps: null,
 };
 
 // ------------------------------------------------------------------------------ the pen
@@ -901,6 +902,7 @@ function wire() {
   slider("morph", "morph", "o-morph", "candidates", (v) => `${Math.round(100 * v)} %`);
   slider("iou", "iou", "o-iou", "nms");
   slider("step", "step", null, "nms");
+  $("shown").value = state.shown;
   slider("shown", "shown", "o-shown", "detections picture");
   slider("match-iou", "matchIou", "o-match", "matching loss");
   slider("ratio", "ratio", "o-ratio", "loss", String);
