@@ -178,6 +178,18 @@ def test_a_file_system_that_does_not_say_its_size_has_room(kind, shapes, tmp_pat
     assert cache.build_cache(records, tmp_path).exists()
 
 
+def test_an_older_run_is_moved_aside_and_keeps_its_place(tmp_path, monkeypatch):
+    """A new run needs room for all its checkpoints, a resumed one only for those it lacks."""
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).touch()
+    model = nn.Linear(99, 99)
+    one = 8 * sum(p.numel() for p in model.parameters())  # bytes of weights and momentum
+    monkeypatch.setattr(plan, "free_space", lambda _: 1.5 * one)
+    assert plan.check_space(model, Namespace(out=str(tmp_path), resume=True)) > 0
+    with pytest.raises(ValueError, match="its checkpoints need 0.00 GB more"):
+        plan.check_space(model, Namespace(out=str(tmp_path), resume=False))
+
+
 @pytest.mark.parametrize("kind", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, None])
 def test_a_file_system_without_locks_gets_its_cache(kind, shapes, tmp_path, monkeypatch):
     def refuse(*_):
