@@ -349,10 +349,10 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     """
     if args.sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; keeps the parameters
-    if world == 1 and not args.compile and model.priors_cxcywh.is_cpu:
-        return in_threads(model, plan.micro_batch(args, world))
     network = model
-    if world > 1:
+    if model.priors_cxcywh.is_cpu and not args.compile:
+        network = in_threads(model, plan.micro_batch(args, world))
+    if world > 1 and network is model:
         unused = bool(args.sizes)  # small images do not reach the layers of the last maps
         network = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
     return torch.compile(network) if args.compile else network

@@ -14,6 +14,7 @@ same number of threads the bits are the same, however busy the machine is.
     for result in spread(function, items, 2):  # evaluation: whole items, results in their order
 """
 
+import contextlib
 import copy
 import os
 import sys
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import ops
@@ -132,6 +134,7 @@ class Threads(nn.Module):
         self.model, self.pool, self.ops = model, pool(parts, each), torch.ops.scratchdet
         self.meeting = self.ops.meeting(parts)
         self.twins = [replica(model, part, self.meeting) for part in range(parts)]
+        self.exchanges = True
         self.anchor = torch.zeros(0, requires_grad=True)  # without it autograd would skip Step
 
     def __del__(self):
@@ -170,6 +173,29 @@ class Threads(nn.Module):
                 elif twin.grad is not None:
                     parameter.grad += twin.grad
                 twin.grad = None
+        if dist.is_initialized() and self.exchanges:
+            self.average_over_ranks()
+
+    def average_over_ranks(self) -> None:
+        """Gradients and BatchNorm's running statistics become their means over all ranks.
+
+        One message: DistributedDataParallel's several, sent from hooks of autograd, cost more here.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
+        tensors += [x for norm in norms for x in (norm.running_mean, norm.running_var)]
+        flat = torch.cat([x.reshape(-1) for x in tensors])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view(x.shape))
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients of this micro-batch stay in this rank, as DistributedDataParallel's would."""
+        self.exchanges = False
+        yield
+        self.exchanges = True
 
 
 def in_threads(model: nn.Module, images: int) -> nn.Module:
