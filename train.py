@@ -41,7 +41,7 @@ import data
 import eval as evaluation
 import ops
 from experiments import errors, report
-from plumbing import machine, plan, run_folder, sources
+from plumbing import cores, machine, plan, run_folder, sources
 from plumbing.checkpoint import read_checkpoint, take_weights
 from plumbing.program import Help, StopSignals, run_program
 from plumbing.tables import results_text
@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("system").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2),
+    add("--workers", type=int, default=cores.loaders(),
         help="loader processes per rank")
     add("--cache", metavar="DIR", help="keep the decoded images here, memory-mapped")
     add("--bf16", action=argparse.BooleanOptionalAction,
@@ -431,6 +431,8 @@ def train_steps(
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
+    if argv is None and cores.processes(args) > 1:
+        sys.exit(cores.run_ranks(cores.processes(args)))
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None

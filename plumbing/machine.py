@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from plumbing.cores import end_with_parent
+from plumbing.program import OURS
 from plumbing.threads import THREADS
 
 
@@ -188,9 +190,10 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
+        if not {"TORCHELASTIC_RUN_ID", OURS} & {*os.environ}:  # not by torchrun, nor by cores.py
             print(f"rank {rank} waits for the others of WORLD_SIZE={world} at {address}; for one "
                   "process: unset RANK WORLD_SIZE", file=sys.stderr)  # fmt: skip
+        end_with_parent()
         # pytorch 157862: 1x1 weights in channels_last make DDP warn, and nothing is slower for it
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())

@@ -174,7 +174,8 @@ def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
 def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
     """GiB of memory per step; if they are not free, ValueError with the flag that helps."""
     device = model.priors_cxcywh.device
-    needed, free = memory_needed(model, micro, args.bf16), free_memory(device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    needed, free = memory_needed(model, micro, args.bf16), free_memory(device) / here
     if needed > free:
         weights = memory_needed(model, 0, args.bf16)
         parts = next((n for n in range(2, micro) if micro % n == 0

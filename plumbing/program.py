@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+OURS = "SCRATCHDET_PARENT"  # in the environment of a rank that cores.py started: the starter's pid
+LOST = 3  # exit status of such a rank if another one has ended; cores.py says why
 
 
 def run_program(main: Callable[[], object]) -> None:
@@ -45,6 +49,8 @@ def run_program(main: Callable[[], object]) -> None:
     except (RuntimeError, MemoryError) as error:  # of a GPU, of the machine
         what = str(error).splitlines()[0] if str(error) else "out of memory."
         if isinstance(error, RuntimeError) and not out_of_memory(error):
+            if OURS in os.environ and (isinstance(error, dist.DistError) or "Connection" in what):
+                sys.exit(LOST)
             raise
         print(f"error: {what} Try a smaller --batch-size or, in training, --accumulate 2",
               file=sys.stderr)  # fmt: skip

@@ -1,6 +1,8 @@
 """Cheap runs of train.py for the tests: their flags, their logs, small data."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 from plumbing.shapes import SHAPE_CLASSES
@@ -46,3 +48,26 @@ def small_tree(root: Path, source: Path, sets: dict[str, list[str]]) -> Path:
             for found in (source / "VOC2007").glob(f"{file}.*"):
                 (tree / file).with_suffix(found.suffix).write_bytes(found.read_bytes())
     return root
+
+
+def ranks_of(parent_id: int) -> dict[int, int]:
+    """Rank -> process id of its children that train."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # gone meanwhile
+            continue
+        rank = [v for v in environment if v.startswith(b"RANK=")]
+        if parent == parent_id and rank:
+            found[int(rank[0].split(b"=")[1])] = int(folder.name)
+    return found
+
+
+def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while not log.exists() or len(log.read_text().splitlines()) <= step:
+        assert process.poll() is None, "it ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

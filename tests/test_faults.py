@@ -26,7 +26,7 @@ import scratchdet
 import train
 from plumbing import plan
 from plumbing.files import Record
-from runs import log_of, run_flags, voc_flags
+from runs import log_of, ranks_of, run_flags, voc_flags, wait_for_step
 from scratchdet import Config, multibox_loss
 
 ROOT = Path(__file__).parents[1]
@@ -206,34 +206,9 @@ def test_12_kills_at_any_moment_lose_nothing(capsys):
     assert "equal to the last bit" in done.stdout
 
 
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """Rank -> process id of its children that train."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile
-            continue
-        rank = [v for v in environment if v.startswith(b"RANK=")]
-        if parent == torchrun and rank:
-            found[int(rank[0].split(b"=")[1])] = int(folder.name)
-    return found
-
-
-def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 600
-    while not log.exists() or len(log.read_text().splitlines()) <= step:
-        assert process.poll() is None, "torchrun ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
-def test_ranks_that_are_stopped_and_killed_start_again_and_go_on(
-    shapes_root, tmp_path, monkeypatch
-):
+def test_ranks_that_are_stopped_and_killed_start_again_and_go_on(shapes_root, tmp_path):
     """Under torchrun: one rank gets SIGTERM, and both stop at the same step with a checkpoint;
     later the other gets SIGKILL. The run ends as one process with two micro-batches does."""
     flags = voc_flags(shapes_root, "--batch-size", 4, "--iterations", 12, "--save-every", 2)
@@ -270,7 +245,6 @@ def test_ranks_that_are_stopped_and_killed_start_again_and_go_on(
     said = (tmp_path / "printed.txt").read_text()
     assert code == 0, said[-3000:]
     assert "--resume goes on" in said
-    monkeypatch.setattr(train, "in_threads", lambda model, images: model)  # ranks have torch's BN
     train.main([*flags, "--accumulate", "2", "--out", str(one)])
     logs = [log_of(folder) for folder in (one, two)]
     assert [line["step"] for line in logs[1]] == list(range(12))

@@ -1,0 +1,171 @@
+"""train.py on several cores: a process for each, started, stopped and watched by the first one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from plumbing import cores
+from runs import log_of, ranks_of, voc_flags, wait_for_step
+
+ROOT = Path(__file__).parents[1]
+PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+@pytest.mark.parametrize(
+    ("threads", "images", "flags", "expected"),
+    [
+        (2, 32, {}, 2),
+        (2, 16, {}, 2),
+        (2, 15, {}, 1),  # 7 images each
+        (2, 17, {}, 1),  # cannot be divided
+        (4, 32, {}, 4),
+        (6, 32, {}, 4),
+        (3, 24, {}, 3),
+        (16, 32, {}, 4),
+        (2, 32, {"accumulate": 2}, 2),
+        (2, 16, {"accumulate": 2}, 1),
+        (1, 32, {}, 1),
+        (2, 32, {"device": "cuda"}, 1),
+        (2, 32, {"compile": True}, 1),
+    ],
+)
+def test_as_many_processes_as_have_eight_images(threads, images, flags, expected, monkeypatch):
+    monkeypatch.setattr(cores, "THREADS", threads)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    args = {"batch_size": images, "accumulate": 1, "device": "cpu", "compile": False}
+    assert cores.processes(Namespace(**(args | flags))) == expected
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's, or our own: they are started
+    assert cores.processes(Namespace(**(args | flags))) == 1
+
+
+def flags_of(root: Path, out: Path, *more: object) -> list[str]:
+    flags = ["--batch-size", 16, "--iterations", 12, "--save-every", 100, "--lr", 0.01]
+    return voc_flags(root, *flags, "--width", 0.01, "--no-bf16", "--out", out, *more)
+
+
+def start(flags: list[str], printed: Path, threads: int = 2) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(printed, "w") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def run(flags: list[str], printed: Path) -> tuple[int, str]:
+    """-> exit status, what it printed."""
+    process = start(flags, printed)
+    try:
+        return process.wait(timeout=300), printed.read_text()
+    finally:
+        process.kill()
+
+
+def wait_until_gone(process_ids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{number}").exists() for number in process_ids):
+        assert time.monotonic() < deadline, process_ids
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes_root, tmp_path_factory) -> list[dict]:
+    """The log of 12 steps of two processes, 8 images each."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    code, printed = run(flags_of(shapes_root, out / "run"), out / "printed.txt")
+    assert code == 0, printed
+    assert "1 thread, 2 processes" in printed
+    assert printed.count("training images") == 1  # rank 0 alone prints
+    return log_of(out / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_two_micro_batches_do(shapes_root, tmp_path, undisturbed):
+    train.main(flags_of(shapes_root, tmp_path / "run", "--accumulate", 2))
+    losses = [[line["loss"] for line in log] for log in (log_of(tmp_path / "run"), undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@PROC
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_all_and_resume_repeats_the_bits(number, shapes_root, tmp_path, undisturbed):
+    flags = flags_of(shapes_root, tmp_path / "run", "--resume")
+    process = start(flags, tmp_path / "printed.txt")
+    try:
+        wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
+        ranks = ranks_of(process.pid)
+        process.send_signal(number)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    printed = (tmp_path / "printed.txt").read_text()
+    assert code == 128 + number, printed
+    assert "--resume goes on" in printed
+    assert "Traceback" not in printed
+    assert len(ranks) == 2
+    wait_until_gone([*ranks.values()])
+    assert 3 <= torch.load(tmp_path / "run" / "last.pt")["step"] < 12
+    code, printed = run(flags, tmp_path / "printed.txt")
+    assert code == 0, printed
+    same = [{k: v for k, v in line.items() if k != "images_per_s"} for line in undisturbed]
+    ours = log_of(tmp_path / "run")
+    assert [{k: v for k, v in line.items() if k != "images_per_s"} for line in ours] == same
+
+
+@pytest.mark.slow
+@PROC
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_all_with_one_error(killed, shapes_root, tmp_path):
+    process = start(flags_of(shapes_root, tmp_path / "run"), tmp_path / "printed.txt")
+    try:
+        wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
+        ranks = ranks_of(process.pid)
+        os.kill(ranks[killed], signal.SIGKILL)
+        code = process.wait(timeout=60)
+    finally:
+        process.kill()
+    printed = (tmp_path / "printed.txt").read_text()
+    assert code == 2, printed
+    assert printed.count("error: ") == 1
+    assert f"process {killed} was ended by signal 9 (the system's, if memory ran out)" in printed
+    assert "Traceback" not in printed
+    wait_until_gone([*ranks.values()])
+
+
+@pytest.mark.slow
+@PROC
+def test_ranks_do_not_outlive_the_process_that_started_them(shapes_root, tmp_path):
+    flags = flags_of(shapes_root, tmp_path / "run")
+    flags[flags.index("--iterations") + 1] = "10000"
+    process = start(flags, tmp_path / "printed.txt")
+    wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
+    ranks = ranks_of(process.pid)
+    process.kill()
+    process.wait()
+    wait_until_gone([*ranks.values()])
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] >= 3  # they have saved
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(shapes_root, tmp_path):
+    """Of all ranks: a set that is not there. Of one alone: a picture that only it should read."""
+    flags = flags_of(shapes_root, tmp_path / "run", "--train-sets", "2007:nowhere")
+    code, printed = run(flags, tmp_path / "printed.txt")
+    assert (code, printed.count("error: ")) == (2, 1), printed
+    assert "nowhere" in printed
+    root = shutil.copytree(shapes_root, tmp_path / "root")
+    picture = min((root / "VOC2007" / "JPEGImages").glob("train*"))
+    picture.write_bytes(picture.read_bytes()[:300])
+    code, printed = run(flags_of(root, tmp_path / "run"), tmp_path / "printed.txt")
+    assert (code, printed.count("error: ")) == (2, 1), printed
+    assert picture.name in printed
+    assert "Traceback" not in printed
