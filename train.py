@@ -344,7 +344,7 @@ def make_model(args, classes: tuple[str, ...], checkpoint: dict | None, say=prin
 def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     """The module that a step calls. Its parameters are the model's.
 
-    In one process on a CPU it is the model on all threads; else the model, compiled if asked, in
+    On a CPU it is the model on all threads of this process; else the model, compiled if asked, in
     DistributedDataParallel if there are several ranks.
     """
     if args.sync_bn:
@@ -373,8 +373,7 @@ def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -
     """Mean seconds of a step over the image sizes of the run.
 
     The steps change model and optimizer; `mean_step_time` puts both back.
-
-    `stream(step, images, size)` gives micro-batches from that step on; `micro` is their usual size.
+    `stream(step, images, size)`: micro-batches from that step on; `micro`: their usual size.
     """
     # On a CPU an image costs the same in any large batch: time 16 to know 128.
     probe = min(micro, 16) if model.priors_cxcywh.is_cpu else micro
@@ -431,8 +430,7 @@ def train_steps(
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
-    if argv is None and cores.processes(args) > 1:
-        sys.exit(cores.run_ranks(cores.processes(args)))
+    cores.share(args, argv)
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None

@@ -33,6 +33,15 @@ def processes(args: Namespace) -> int:
     return max(n for n in range(1, THREADS + 1) if n == 1 or not images % n and images // n >= EACH)
 
 
+def share(args: Namespace, argv: list[str] | None) -> None:
+    """Lets all cores run this command, if they should, and then ends with their exit status.
+
+    Not where a program called train.main(argv): its own command is another one.
+    """
+    if argv is None and processes(args) > 1:
+        sys.exit(run_ranks(processes(args)))
+
+
 def run_ranks(count: int) -> int:
     """Runs this command as `count` ranks -> exit status.
 
