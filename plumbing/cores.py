@@ -26,8 +26,9 @@ EACH = 8  # images: BatchNorm's statistics are those of the images of one proces
 
 def processes(args: Namespace) -> int:
     """How many processes train.py should start for these arguments; 1: it trains in its own."""
-    started = "WORLD_SIZE" in os.environ or args.device != "cpu"
-    if started or args.compile or sys.gettrace():  # a debugger wants the process that it has
+    started = "WORLD_SIZE" in os.environ or args.device != "cpu" or args.compile
+    ours = sys.argv[0] in sys.orig_argv and not sys.gettrace()  # no %run of a notebook, no debugger
+    if started or not ours:
         return 1
     images = args.batch_size // args.accumulate
     return max(n for n in range(1, THREADS + 1) if n == 1 or not images % n and images // n >= EACH)

@@ -41,9 +41,14 @@ PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads
 def test_as_many_processes_as_have_eight_images(threads, images, flags, expected, monkeypatch):
     monkeypatch.setattr(cores, "THREADS", threads)
     monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args = {"batch_size": images, "accumulate": 1, "device": "cpu", "compile": False}
     assert cores.processes(Namespace(**(args | flags))) == expected
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher"])  # a notebook's
+    assert cores.processes(Namespace(**(args | flags))) == 1
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's, or our own: they are started
     assert cores.processes(Namespace(**(args | flags))) == 1
 

@@ -193,6 +193,37 @@ def test_spread_keeps_the_order_and_looks_ahead_a_little():
         list(spread(lambda i: 1 / i, [1, 0, 1], 2))
 
 
+def test_ranks_take_the_mean_of_their_gradients_and_statistics(model, monkeypatch):
+    """Two ranks, one after the other: what the first sends is added to what the second has."""
+    images, sent = torch.randn(4, 3, 300, 300).split(2), []
+    alone = [in_parts(model, some, 1) for some in images]
+    monkeypatch.setattr(threads.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(threads.dist, "get_world_size", lambda: 2)
+
+    def all_reduce(flat):
+        sent.append(flat.clone())
+        flat += sent[0] if len(sent) == 2 else 0
+
+    monkeypatch.setattr(threads.dist, "all_reduce", all_reduce)
+    ranks = [copy.deepcopy(model) for _ in images]
+    networks = [Threads(rank, 1) for rank in ranks]
+    for rank, network, some in zip(ranks, networks, images, strict=True):
+        found = step(rank, network, some)
+    names = [name for name, _ in model.named_buffers()]
+    for i, (ours, first, second) in enumerate(zip(found[1], alone[0][1], alone[1][1], strict=True)):
+        assert (ours is None) == (first is None), i
+        if ours is not None:
+            assert torch.allclose(ours, (first + second) / 2, rtol=1e-5, atol=1e-7), i
+    for name, ours, first, second in zip(names, found[2], alone[0][2], alone[1][2], strict=True):
+        wanted = (first + second) / 2 if "running" in name else first
+        assert torch.allclose(ours, wanted.to(ours.dtype), rtol=1e-5), name
+    with networks[1].no_sync():  # a micro-batch before the last
+        step(ranks[1], networks[1], images[1])
+    assert len(sent) == 2
+    step(ranks[1], networks[1], images[1])
+    assert len(sent) == 3
+
+
 def test_evaluation_in_threads_finds_the_same(model, shapes_root, monkeypatch):
     """Whole batches in threads of their own: bit for bit what one thread finds."""
     model = ScratchDet(model.config)

@@ -248,6 +248,13 @@ MUTANTS = [
     Mutant("gradients of the first part alone", "plumbing/threads.py",
            "parameter.grad += twin.grad", "pass",
            "test_threads.py", "learn or truth", compiled=True),
+    Mutant("gradients of ranks summed", "plumbing/threads.py",
+           "flat /= dist.get_world_size()", "pass",
+           "test_threads.py", "ranks", compiled=True),
+    Mutant("running statistics of one rank", "plumbing/threads.py",
+           "tensors += [x for norm in norms for x in (norm.running_mean, norm.running_var)]",
+           "pass",
+           "test_threads.py", "ranks", compiled=True),
     # Training
     Mutant("biases decay", "train.py",
            '"params": biases, "weight_decay": 0.0',
