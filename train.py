@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("system").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--workers", type=int, default=cores.loaders(),
-        help="loader processes per rank")
+        help="loader processes per rank; none where all cores of a CPU train")
     add("--cache", metavar="DIR", help="keep the decoded images here, memory-mapped")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="autocast to bfloat16; default: on, where the hardware computes it natively")
@@ -430,7 +430,7 @@ def train_steps(
 def main(argv: list[str] | None = None) -> dict:
     """Train, then evaluate. Returns the results of the evaluation."""
     args, checkpoint = run_folder.resume(parse_args, argv)
-    cores.share(args, argv)
+    cores.share(args, checkpoint, argv)
     rank, world, device = machine.start_ranks(args)
     micro, lead, out = plan.micro_batch(args, world), rank == 0, Path(args.out)
     say = print if lead else lambda *_, **__: None

@@ -1,8 +1,8 @@
 """Training on all cores of a CPU: train.py once more for each core, as ranks of one run.
 
 Threads that share a step wait for each other, and for Python's lock. Processes wait once per step,
-for the mean of the gradients. So where each core has EACH images of a step, it gets a process.
-The first process only starts the others and waits; OMP_NUM_THREADS=1 trains in the first one.
+for the mean of the gradients. So where there are EACH images of a step for each, train.py starts
+itself several times. The first process only waits for the others; OMP_NUM_THREADS=1 trains in it.
 """
 
 import contextlib
@@ -24,23 +24,34 @@ from plumbing.threads import THREADS
 EACH = 8  # images: BatchNorm's statistics are those of the images of one process
 
 
-def processes(args: Namespace) -> int:
-    """How many processes train.py should start for these arguments; 1: it trains in its own."""
-    started = "WORLD_SIZE" in os.environ or args.device != "cpu" or args.compile
-    ours = sys.argv[0] in sys.orig_argv and not sys.gettrace()  # no %run of a notebook, no debugger
-    if started or not ours:
+def processes(args: Namespace, checkpoint: dict | None = None) -> int:
+    """How many processes train.py should start for these arguments; 1: it trains in its own.
+
+    A resumed run keeps its number: another one would show BatchNorm other numbers of images.
+    """
+    words = sys.orig_argv  # python [flags] FILE ...: no notebook's %run, no -c or -m, no debugger
+    ours = words[-len(sys.argv) :] == sys.argv and "-m" not in words[: -len(sys.argv)]
+    ours = ours and os.path.isfile(sys.argv[0]) and not sys.gettrace()
+    # Windows has no signal with which to ask a process to save.
+    if not ours or "WORLD_SIZE" in os.environ or args.device != "cpu" or os.name == "nt":
         return 1
+    if checkpoint is not None:
+        return checkpoint.get("processes", 1)
     images = args.batch_size // args.accumulate
-    return max(n for n in range(1, THREADS + 1) if n == 1 or not images % n and images // n >= EACH)
+    counts = [n for n in range(2, THREADS + 1) if images % n == 0 and images // n >= EACH]
+    if args.compile or not counts:
+        return 1
+    return max(counts, key=lambda n: (n * (THREADS // n), n))  # that leaves fewest cores idle
 
 
-def share(args: Namespace, argv: list[str] | None) -> None:
+def share(args: Namespace, checkpoint: dict | None, argv: list[str] | None) -> None:
     """Lets all cores run this command, if they should, and then ends with their exit status.
 
     Not where a program called train.main(argv): its own command is another one.
     """
-    if argv is None and processes(args) > 1:
-        sys.exit(run_ranks(processes(args)))
+    count = processes(args, checkpoint) if argv is None else 1
+    if count > 1:
+        sys.exit(run_ranks(count))
 
 
 def run_ranks(count: int) -> int:
@@ -54,7 +65,8 @@ def run_ranks(count: int) -> int:
         port = free.getsockname()[1]
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(THREADS // count),
+        "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(max(1, THREADS // count)),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         OURS: str(os.getpid()),
     }  # fmt: skip
     command = [sys.executable, *sys.orig_argv[1:]]
@@ -69,24 +81,29 @@ def run_ranks(count: int) -> int:
             for rank in range(count)
         ]  # fmt: skip
         first = wait(ranks, stop)
-        if stop.number:
+        code = ranks[0].returncode
+        if stop.number and (code > 128 or code == -signal.SIGTERM):
             return 128 + stop.number
-        if ranks[0].returncode == LOST or ranks[0].returncode < 0:  # then it has not said why
+        if first is not None and (code == LOST or code < 0):  # then rank 0 has not said why
             print(f"error: {why(ranks[first], first, said[first])}", file=sys.stderr)
             return 2
-    return ranks[0].returncode
+    return code
 
 
-def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int:
-    """Waits until all have ended, and passes a signal on -> the rank that failed first, or 0."""
-    told, first, since = 0, 0, math.inf
-    codes = [None]
+def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int | None:
+    """Waits until all have ended, and passes a signal on -> the rank that failed first, if any."""
+    told, first, since, codes = 0, None, math.inf, [None]
     while None in codes:
         time.sleep(0.05)
-        codes = [rank.poll() for rank in ranks]  # above 128: told to stop, and has saved
-        failed = [i for i, code in enumerate(codes) if code and code != LOST and code <= 128]
+        codes = [rank.poll() for rank in ranks]
+        # Above 128: told to stop, and has saved. A signal may strike before the run listens.
+        fine = (None, 0, -signal.SIGTERM) if stop.number else (None, 0)
+        failed = [i for i, code in enumerate(codes) if code not in fine and code <= 128]
         if failed and since == math.inf:
-            first, since = failed[0], time.monotonic()
+            since = time.monotonic()
+        causes = [i for i in failed if codes[i] != LOST] or (failed if None not in codes else [])
+        if first is None and causes:
+            first = causes[0]
         if stop.number != told:
             told = stop.number
             for rank in ranks:
@@ -98,13 +115,15 @@ def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int:
 
 
 def why(process: subprocess.Popen, rank: int, said: IO) -> str:
-    """Why a rank ended, in one line."""
-    said.seek(0)
-    lines = said.read().decode(errors="replace").strip().splitlines()
+    """Why a rank ended: its error, or all that it said, such as a traceback."""
     if process.returncode < 0:
         what = "" if process.returncode != -9 else " (the system's, if memory ran out)"
         return f"process {rank} was ended by signal {-process.returncode}{what}; --resume goes on"
-    return lines[-1].removeprefix("error: ") if lines else f"process {rank} ended"
+    said.seek(0)
+    text = said.read().decode(errors="replace").strip()
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    lost = "the processes of this run lost each other; --resume goes on"
+    return errors[-1].removeprefix("error: ") if errors else text or lost
 
 
 def end_with_parent() -> None:

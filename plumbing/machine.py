@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -170,7 +171,7 @@ def fresh_store() -> dict:
 
 
 def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
-    """Joins the other processes, if torchrun started several -> (rank, world, device)."""
+    """Joins the processes of torchrun or cores.py, if there are any -> (rank, world, device)."""
     check_device(args.device)
     env = os.environ.get
     rank, world, address = env("RANK", "0"), env("WORLD_SIZE", "1"), env("MASTER_ADDR")
@@ -196,7 +197,10 @@ def start_ranks(args: Namespace) -> tuple[int, int, torch.device]:
         end_with_parent()
         # pytorch 157862: 1x1 weights in channels_last make DDP warn, and nothing is slower for it
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **fresh_store())
+        how = fresh_store()
+        if OURS in os.environ:
+            how |= {"timeout": timedelta(days=30)}  # a run may be suspended; cores.py watches it
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **how)
     return rank, world, device
 
 

@@ -49,7 +49,10 @@ def run_program(main: Callable[[], object]) -> None:
     except (RuntimeError, MemoryError) as error:  # of a GPU, of the machine
         what = str(error).splitlines()[0] if str(error) else "out of memory."
         if isinstance(error, RuntimeError) and not out_of_memory(error):
-            if OURS in os.environ and (isinstance(error, dist.DistError) or "Connection" in what):
+            lost = "Connection", "Broken pipe", "Socket closed"
+            if OURS in os.environ and (
+                isinstance(error, dist.DistError) or any(word in what for word in lost)
+            ):
                 sys.exit(LOST)
             raise
         print(f"error: {what} Try a smaller --batch-size or, in training, --accumulate 2",

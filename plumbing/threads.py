@@ -5,7 +5,8 @@ them train a small network hardly faster than one; if they spin, any other proce
 slows them down threefold. Here each thread takes its images through the whole network. The threads
 wait for each other only in BatchNorm, whose statistics are those of the whole batch. So a step
 computes the same as on one thread, up to rounding. Sums over the parts have a fixed order: with the
-same number of threads the bits are the same, however busy the machine is.
+same number of threads the bits are the same, however busy the machine is. Several ranks (cores.py,
+torchrun) have threads of their own each; the gradients are then the means of all ranks.
 
     network = in_threads(model, 8)
     loc, logits = network(images)          # each thread forward
@@ -134,7 +135,10 @@ class Threads(nn.Module):
         self.model, self.pool, self.ops = model, pool(parts, each), torch.ops.scratchdet
         self.meeting = self.ops.meeting(parts)
         self.twins = [replica(model, part, self.meeting) for part in range(parts)]
-        self.exchanges = True
+        self.exchanges = True  # with other ranks, which begin with the same weights
+        if dist.is_initialized():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(tensor.data, 0)
         self.anchor = torch.zeros(0, requires_grad=True)  # without it autograd would skip Step
 
     def __del__(self):

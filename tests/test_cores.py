@@ -28,9 +28,10 @@ PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads
         (2, 15, {}, 1),  # 7 images each
         (2, 17, {}, 1),  # cannot be divided
         (4, 32, {}, 4),
-        (6, 32, {}, 4),
+        (6, 32, {}, 2),  # of three threads each: 4 would leave two cores idle
+        (7, 32, {}, 2),
         (3, 24, {}, 3),
-        (16, 32, {}, 4),
+        (16, 32, {}, 4),  # of four threads each
         (2, 32, {"accumulate": 2}, 2),
         (2, 16, {"accumulate": 2}, 1),
         (1, 32, {}, 1),
@@ -41,16 +42,34 @@ PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads
 def test_as_many_processes_as_have_eight_images(threads, images, flags, expected, monkeypatch):
     monkeypatch.setattr(cores, "THREADS", threads)
     monkeypatch.setattr(sys, "gettrace", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-O", "train.py", "--seed", "1"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     args = {"batch_size": images, "accumulate": 1, "device": "cpu", "compile": False}
     assert cores.processes(Namespace(**(args | flags))) == expected
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher"])  # a notebook's
-    assert cores.processes(Namespace(**(args | flags))) == 1
-    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun's, or our own: they are started
     assert cores.processes(Namespace(**(args | flags))) == 1
+
+
+def test_other_programs_and_resumed_runs(monkeypatch):
+    """A notebook, a profiler, a debugger are not started again; a resumed run stays as it is."""
+    args = Namespace(batch_size=32, accumulate=1, device="cpu", compile=False)
+    monkeypatch.setattr(cores, "THREADS", 4)
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for words in (["-m", "ipykernel_launcher"], ["-m", "cProfile", "train.py"], ["-c", "..."]):
+        monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+        assert cores.processes(args) == 1, words
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
+    assert cores.processes(args) == 4
+    assert cores.processes(args, {"processes": 2}) == 2
+    assert cores.processes(args, {"processes": 1}) == 1
+    assert cores.processes(args, {}) == 1  # of before there were processes
+    monkeypatch.setattr(sys, "gettrace", lambda: print)
+    assert cores.processes(args) == 1
 
 
 def flags_of(root: Path, out: Path, *more: object) -> list[str]:
