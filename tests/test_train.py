@@ -212,7 +212,7 @@ def test_a_device_that_is_not_here(device, tmp_path):
          {"recipe": "released", "backbone": "vgg16"}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cpu"],
          {"recipe": "budget", "backbone": "resnet18", "width": 0.25, "augment": None,
-          "batch_size": 32, "lr": 0.2}),
+          "batch_size": 32 * min(2, torch.get_num_threads()), "lr": 0.2}),
         (["--voc-root", "x", "--minutes", "9", "--device", "cuda"],
          {"recipe": "budget", "backbone": "root-resnet18", "width": 1.0, "augment": "ssd",
           "batch_size": 64, "lr": 0.1}),
