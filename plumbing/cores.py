@@ -21,6 +21,7 @@ from typing import IO
 from plumbing.program import LOST, OURS, StopSignals
 from plumbing.threads import THREADS
 
+CORES = THREADS * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, for all its ranks
 EACH = 8  # images: BatchNorm's statistics are those of the images of one process
 
 
