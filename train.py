@@ -72,7 +72,7 @@ RECIPES = {
                            sizes=((160, 0.55), (224, 0.75), (300, 1.0))),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
-# "budget" on a CPU: 25 images/s per core and more, where SHORT's network does 1. Each step has fixed
+# "budget" on a CPU: 25 images/s per core and more, where SHORT's network does 1. A step has fixed
 # costs: so 32 images for each of two cores. Small images first: they cost less, so there are more.
 ON_CPU = dict(iterations=1_500, backbone="resnet18", width=0.25, augment=None, save_every=500,
               batch_size=32 * min(2, cores.CORES), lr=0.2, head_gamma=0.1,
