@@ -119,6 +119,16 @@ def test_two_processes_learn_what_two_micro_batches_do(shapes_root, tmp_path, un
 
 
 @pytest.mark.slow
+def test_two_processes_without_a_compiler(shapes_root, tmp_path, monkeypatch, undisturbed):
+    """Then DistributedDataParallel averages the gradients."""
+    monkeypatch.setenv("SCRATCHDET_OPS", "reference")
+    code, printed = run(flags_of(shapes_root, tmp_path / "run"), tmp_path / "printed.txt")
+    assert code == 0, printed
+    losses = [[line["loss"] for line in log] for log in (log_of(tmp_path / "run"), undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
 @PROC
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_and_resume_repeats_the_bits(number, shapes_root, tmp_path, undisturbed):
