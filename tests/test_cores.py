@@ -84,9 +84,9 @@ def start(flags: list[str], printed: Path, threads: int = 2) -> subprocess.Popen
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
 
-def run(flags: list[str], printed: Path) -> tuple[int, str]:
+def run(flags: list[str], printed: Path, threads: int = 2) -> tuple[int, str]:
     """-> exit status, what it printed."""
-    process = start(flags, printed)
+    process = start(flags, printed, threads)
     try:
         return process.wait(timeout=300), printed.read_text()
     finally:
@@ -119,13 +119,17 @@ def test_two_processes_learn_what_two_micro_batches_do(shapes_root, tmp_path, un
 
 
 @pytest.mark.slow
-def test_two_processes_without_a_compiler(shapes_root, tmp_path, monkeypatch, undisturbed):
-    """Then DistributedDataParallel averages the gradients."""
+def test_two_processes_without_a_compiler(shapes_root, tmp_path, monkeypatch):
+    """Then DistributedDataParallel averages the gradients. Not compared with the compiled run:
+    BatchNorm of a 1x1 map loses .6 % of its gradients to rounding in torch, .05 % in ours."""
     monkeypatch.setenv("SCRATCHDET_OPS", "reference")
-    code, printed = run(flags_of(shapes_root, tmp_path / "run"), tmp_path / "printed.txt")
-    assert code == 0, printed
-    losses = [[line["loss"] for line in log] for log in (log_of(tmp_path / "run"), undisturbed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, threads, more in (("one", 1, ["--accumulate", 2]), ("two", 2, [])):
+        flags = flags_of(shapes_root, tmp_path / name, *more)
+        flags[flags.index("--iterations") + 1] = "3"
+        code, printed = run(flags, tmp_path / "printed.txt", threads)
+        assert code == 0, printed
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow

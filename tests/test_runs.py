@@ -321,34 +321,6 @@ def test_accumulation_averages_the_losses_of_its_micro_batches(shapes_root):
         torch.testing.assert_close(both, (first + second) / 2, rtol=1e-4, atol=1e-6)
 
 
-def torchrun(folder: Path, *flags: object, processes: int = 2) -> None:
-    """train.py in several processes on this machine."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(ROOT / "train.py"), *map(str, flags)]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_equal_two_micro_batches(shapes_root, tmp_path):
-    """2 ranks x 8 images, and one process with 16 in two micro-batches: the same weights to 1e-5.
-
-    The running statistics may differ: the mean over ranks, or one micro-batch after the other.
-    """
-    flags = voc_flags(shapes_root, "--batch-size", 16, "--iterations", 2, "--lr", 0.02, "--no-bf16")
-    torchrun(tmp_path, *flags, "--out", tmp_path / "two")
-    train.main([*flags, "--accumulate", "2", "--out", str(tmp_path / "one")])
-    one, two = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
-    keys = [key for key in one if "running" not in key and "num_batches" not in key]
-    worst = max((one[key] - two[key]).abs().max().item() for key in keys)
-    assert worst < 1e-5, worst
-    losses = [[line["loss"] for line in steps_of(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 # ------------------------------------------------------------------------------- minutes
 
 
