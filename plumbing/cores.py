@@ -1,8 +1,8 @@
 """Training on all cores of a CPU: train.py once more for each core, as ranks of one run.
 
 Threads that share a step wait for each other, and for Python's lock. Processes wait once per step,
-for the mean of the gradients. So where there are EACH images of a step for each, train.py starts
-itself several times. The first process only waits for the others; OMP_NUM_THREADS=1 trains in it.
+for the mean of the gradients. So train.py starts itself several times, if each process has EACH
+images of a step. The first process only waits for the others. OMP_NUM_THREADS=1: it trains itself.
 """
 
 import contextlib
@@ -21,8 +21,15 @@ from typing import IO
 from plumbing.program import LOST, OURS, StopSignals
 from plumbing.threads import THREADS
 
-CORES = THREADS * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, for all its ranks
 EACH = 8  # images: BatchNorm's statistics are those of the images of one process
+
+
+def ranks_here() -> int:
+    """How many ranks of the run this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+CORES = THREADS * ranks_here()  # that they all use
 
 
 def processes(args: Namespace, checkpoint: dict | None = None) -> int:
@@ -85,14 +92,14 @@ def run_ranks(count: int) -> int:
         code = ranks[0].returncode
         if stop.number and (code > 128 or code == -signal.SIGTERM):
             return 128 + stop.number
-        if first is not None and (code == LOST or code < 0):  # then rank 0 has not said why
+        if code == LOST or code < 0:  # then rank 0 has not said why
             print(f"error: {why(ranks[first], first, said[first])}", file=sys.stderr)
             return 2
     return code
 
 
-def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int | None:
-    """Waits until all have ended, and passes a signal on -> the rank that failed first, if any."""
+def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int:
+    """Waits until all have ended, and passes a signal on -> the rank that failed first, or 0."""
     told, first, since, codes = 0, None, math.inf, [None]
     while None in codes:
         time.sleep(0.05)
@@ -100,11 +107,10 @@ def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int | None:
         # Above 128: told to stop, and has saved. A signal may strike before the run listens.
         fine = (None, 0, -signal.SIGTERM) if stop.number else (None, 0)
         failed = [i for i, code in enumerate(codes) if code not in fine and code <= 128]
-        if failed and since == math.inf:
-            since = time.monotonic()
-        causes = [i for i in failed if codes[i] != LOST] or (failed if None not in codes else [])
-        if first is None and causes:
-            first = causes[0]
+        if failed:
+            since = min(since, time.monotonic())
+        if first is None:
+            first = next((i for i in failed if codes[i] != LOST), None)
         if stop.number != told:
             told = stop.number
             for rank in ranks:
@@ -112,7 +118,7 @@ def wait(ranks: list[subprocess.Popen], stop: StopSignals) -> int | None:
         if time.monotonic() > since + 10:  # the others should have noticed by now
             for rank in ranks:
                 rank.kill()
-    return first
+    return first or 0
 
 
 def why(process: subprocess.Popen, rank: int, said: IO) -> str:

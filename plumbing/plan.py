@@ -4,7 +4,6 @@ Where something does not fit, the error names the flag that helps.
 """
 
 import itertools
-import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from plumbing.cores import ranks_here
 from plumbing.machine import free_memory, free_space
 from plumbing.program import check_range
 from plumbing.workers import PREFETCH
@@ -174,7 +174,7 @@ def memory_needed(model: nn.Module, images: int, bf16: bool) -> int:
 def check_memory(model: nn.Module, micro: int, args: Namespace) -> float:
     """GiB of memory per step; if they are not free, ValueError with the flag that helps."""
     device = model.priors_cxcywh.device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    here = ranks_here() if device.type == "cpu" else 1
     needed, free = memory_needed(model, micro, args.bf16), free_memory(device) / here
     if needed > free:
         weights = memory_needed(model, 0, args.bf16)
@@ -212,11 +212,11 @@ def check_space(model: nn.Module, args: Namespace) -> float:
 
 def check_shared_memory(micro: int, args: Namespace) -> None:
     """ValueError if /dev/shm is too small for the batches of the workers (Docker: 64 MB)."""
-    shm, local = Path("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shm = Path("/dev/shm")
     if not args.workers or not shm.exists():
         return
     ahead = 2 if args.device.startswith("cuda") else PREFETCH
-    each = ahead * local * micro * 3 * args.size**2  # bytes, for a worker of each rank
+    each = ahead * ranks_here() * micro * 3 * args.size**2  # bytes, for a worker of each rank
     needed, free = args.workers * each, free_space(shm)
     if needed > free:
         raise ValueError(

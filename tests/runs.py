@@ -1,12 +1,17 @@
 """Cheap runs of train.py for the tests: their flags, their logs, small data."""
 
 import json
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import torch
+
 from plumbing.shapes import SHAPE_CLASSES
 
+ROOT = Path(__file__).parents[1]
 FAST = ("--backbone", "resnet18", "--width", "0.25", "--workers", "0")
 
 
@@ -35,6 +40,21 @@ def log_of(out: Path) -> list[dict]:
 
 def steps_of(out: Path) -> list[dict]:
     return [line for line in log_of(out) if "loss" in line]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: weights, running statistics, momentum, and every loss."""
+    one, two = torch.load(a / "last.pt"), torch.load(b / "last.pt")
+    assert one["step"] == two["step"]
+    for key, value in one["model"].items():
+        assert torch.equal(value, two["model"][key]), key
+    for key, value in one["optimizer"]["state"].items():
+        assert torch.equal(
+            value["momentum_buffer"], two["optimizer"]["state"][key]["momentum_buffer"]
+        )
+    keys = ("step", "loss", "loc", "conf", "positives", "grad_norm", "lr")
+    rows = [[{k: line[k] for k in keys} for line in steps_of(out)] for out in (a, b)]
+    assert rows[0] == rows[1]
 
 
 def small_tree(root: Path, source: Path, sets: dict[str, list[str]]) -> Path:
@@ -71,3 +91,15 @@ def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
         assert process.poll() is None, "it ended"
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def start_train(folder: Path, *flags: object, threads: int = 1) -> subprocess.Popen:
+    """`python train.py FLAGS` in a process of its own; what it prints goes to a file."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "printed.txt", "a") as printed:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *map(str, flags)],
+            cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip

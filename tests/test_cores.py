@@ -14,9 +14,8 @@ import torch
 
 import train
 from plumbing import cores
-from runs import log_of, ranks_of, voc_flags, wait_for_step
+from runs import ROOT, assert_same_run, log_of, ranks_of, start_train, voc_flags, wait_for_step
 
-ROOT = Path(__file__).parents[1]
 PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
 
@@ -72,25 +71,38 @@ def test_other_programs_and_resumed_runs(monkeypatch):
     assert cores.processes(args) == 1
 
 
+def test_a_rank_knows_of_all_cores():
+    """The recipe's batch follows from their number, and must be the same in each rank."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}
+    line = "from plumbing import cores; print(cores.CORES)"
+    said = subprocess.run(
+        [sys.executable, "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert said.stdout == "2\n", said.stderr
+
+
 def flags_of(root: Path, out: Path, *more: object) -> list[str]:
     flags = ["--batch-size", 16, "--iterations", 12, "--save-every", 100, "--lr", 0.01]
     return voc_flags(root, *flags, "--width", 0.01, "--no-bf16", "--out", out, *more)
 
 
-def start(flags: list[str], printed: Path, threads: int = 2) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with open(printed, "w") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-
-
-def run(flags: list[str], printed: Path, threads: int = 2) -> tuple[int, str]:
+def run(folder: Path, flags: list[str], threads: int = 2) -> tuple[int, str]:
     """-> exit status, what it printed."""
-    process = start(flags, printed, threads)
+    process = start_train(folder, *flags, threads=threads)
     try:
-        return process.wait(timeout=300), printed.read_text()
+        return process.wait(timeout=300), (folder / "printed.txt").read_text()
     finally:
         process.kill()
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """The same losses and weights, up to rounding. BatchNorm's running statistics differ: the mean
+    over ranks, or one micro-batch after the other."""
+    losses = [[line["loss"] for line in log_of(out)] for out in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    a, b = (torch.load(out / "last.pt")["model"] for out in (one, two))
+    keys = [key for key in a if "running" not in key and "num_batches" not in key]
+    assert max((a[key] - b[key]).abs().max().item() for key in keys) < 1e-5
 
 
 def wait_until_gone(process_ids: list[int]) -> None:
@@ -101,21 +113,20 @@ def wait_until_gone(process_ids: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shapes_root, tmp_path_factory) -> list[dict]:
-    """The log of 12 steps of two processes, 8 images each."""
+def undisturbed(shapes_root, tmp_path_factory) -> Path:
+    """12 steps of two processes, 8 images each."""
     out = tmp_path_factory.mktemp("undisturbed")
-    code, printed = run(flags_of(shapes_root, out / "run"), out / "printed.txt")
+    code, printed = run(out, flags_of(shapes_root, out / "run"))
     assert code == 0, printed
     assert "1 thread, 2 processes" in printed
     assert printed.count("training images") == 1  # rank 0 alone prints
-    return log_of(out / "run")
+    return out / "run"
 
 
 @pytest.mark.slow
 def test_two_processes_learn_what_two_micro_batches_do(shapes_root, tmp_path, undisturbed):
     train.main(flags_of(shapes_root, tmp_path / "run", "--accumulate", 2))
-    losses = [[line["loss"] for line in log] for log in (log_of(tmp_path / "run"), undisturbed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_alike(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
@@ -126,10 +137,9 @@ def test_two_processes_without_a_compiler(shapes_root, tmp_path, monkeypatch):
     for name, threads, more in (("one", 1, ["--accumulate", 2]), ("two", 2, [])):
         flags = flags_of(shapes_root, tmp_path / name, *more)
         flags[flags.index("--iterations") + 1] = "3"
-        code, printed = run(flags, tmp_path / "printed.txt", threads)
+        code, printed = run(tmp_path, flags, threads)
         assert code == 0, printed
-    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -137,7 +147,7 @@ def test_two_processes_without_a_compiler(shapes_root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_and_resume_repeats_the_bits(number, shapes_root, tmp_path, undisturbed):
     flags = flags_of(shapes_root, tmp_path / "run", "--resume")
-    process = start(flags, tmp_path / "printed.txt")
+    process = start_train(tmp_path, *flags, threads=2)
     try:
         wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
         ranks = ranks_of(process.pid)
@@ -152,18 +162,16 @@ def test_a_signal_stops_all_and_resume_repeats_the_bits(number, shapes_root, tmp
     assert len(ranks) == 2
     wait_until_gone([*ranks.values()])
     assert 3 <= torch.load(tmp_path / "run" / "last.pt")["step"] < 12
-    code, printed = run(flags, tmp_path / "printed.txt")
+    code, printed = run(tmp_path, flags)
     assert code == 0, printed
-    same = [{k: v for k, v in line.items() if k != "images_per_s"} for line in undisturbed]
-    ours = log_of(tmp_path / "run")
-    assert [{k: v for k, v in line.items() if k != "images_per_s"} for line in ours] == same
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
 @PROC
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_all_with_one_error(killed, shapes_root, tmp_path):
-    process = start(flags_of(shapes_root, tmp_path / "run"), tmp_path / "printed.txt")
+    process = start_train(tmp_path, *flags_of(shapes_root, tmp_path / "run"), threads=2)
     try:
         wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
         ranks = ranks_of(process.pid)
@@ -184,7 +192,7 @@ def test_a_killed_rank_ends_all_with_one_error(killed, shapes_root, tmp_path):
 def test_ranks_do_not_outlive_the_process_that_started_them(shapes_root, tmp_path):
     flags = flags_of(shapes_root, tmp_path / "run")
     flags[flags.index("--iterations") + 1] = "10000"
-    process = start(flags, tmp_path / "printed.txt")
+    process = start_train(tmp_path, *flags, threads=2)
     wait_for_step(tmp_path / "run" / "log.jsonl", 2, process)
     ranks = ranks_of(process.pid)
     process.kill()
@@ -197,13 +205,13 @@ def test_ranks_do_not_outlive_the_process_that_started_them(shapes_root, tmp_pat
 def test_an_error_is_said_once(shapes_root, tmp_path):
     """Of all ranks: a set that is not there. Of one alone: a picture that only it should read."""
     flags = flags_of(shapes_root, tmp_path / "run", "--train-sets", "2007:nowhere")
-    code, printed = run(flags, tmp_path / "printed.txt")
+    code, printed = run(tmp_path / "all", flags)
     assert (code, printed.count("error: ")) == (2, 1), printed
     assert "nowhere" in printed
     root = shutil.copytree(shapes_root, tmp_path / "root")
     picture = min((root / "VOC2007" / "JPEGImages").glob("train*"))
     picture.write_bytes(picture.read_bytes()[:300])
-    code, printed = run(flags_of(root, tmp_path / "run"), tmp_path / "printed.txt")
+    code, printed = run(tmp_path / "one", flags_of(root, tmp_path / "run"))
     assert (code, printed.count("error: ")) == (2, 1), printed
     assert picture.name in printed
     assert "Traceback" not in printed

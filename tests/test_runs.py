@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +28,17 @@ from plumbing import run_folder
 from plumbing.checkpoint import read_checkpoint
 from plumbing.shapes import SHAPE_CLASSES, draw_shapes
 from plumbing.voc import read_voc
-from runs import FAST, data_flags, log_of, run_flags, small_tree, steps_of, voc_flags
+from runs import (
+    FAST,
+    assert_same_run,
+    data_flags,
+    log_of,
+    run_flags,
+    small_tree,
+    start_train,
+    steps_of,
+    voc_flags,
+)
 from scratchdet import Config, ScratchDet, load_detector
 
 ROOT = Path(__file__).parents[1]
@@ -39,21 +48,6 @@ FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
 
 
 # ------------------------------------------------------------------------------ whole runs
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, running statistics, momentum, and every loss."""
-    one, two = torch.load(a / "last.pt"), torch.load(b / "last.pt")
-    assert one["step"] == two["step"]
-    for key, value in one["model"].items():
-        assert torch.equal(value, two["model"][key]), key
-    for key, value in one["optimizer"]["state"].items():
-        assert torch.equal(
-            value["momentum_buffer"], two["optimizer"]["state"][key]["momentum_buffer"]
-        )
-    keys = ("step", "loss", "loc", "conf", "positives", "grad_norm", "lr")
-    rows = [[{k: line[k] for k in keys} for line in steps_of(out)] for out in (a, b)]
-    assert rows[0] == rows[1]
 
 
 @pytest.fixture(scope="module")
@@ -324,18 +318,6 @@ def test_accumulation_averages_the_losses_of_its_micro_batches(shapes_root):
 # ------------------------------------------------------------------------------- minutes
 
 
-def start(folder: Path, *flags: object, threads: int = 1) -> subprocess.Popen:
-    """`python train.py FLAGS` in a process of its own; what it prints goes to a file."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "printed.txt", "a") as printed:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *map(str, flags)],
-            cwd=folder, env=environment, stdout=printed, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-
-
 def finish(process: subprocess.Popen, folder: Path, seconds: float) -> str:
     """Waits for a good end; what it printed."""
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -353,7 +335,7 @@ def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
     flags += ["--width", 0.125, "--config", "stem=3,1,1"]  # the network of the quick start
     flags += ["--out", tmp_path, "--iterations", OVERFIT_STEPS]
     begin = time.monotonic()
-    finish(start(tmp_path, *flags, threads=2), tmp_path, 600)
+    finish(start_train(tmp_path, *flags, threads=2), tmp_path, 600)
     result = json.loads((tmp_path / "results.json").read_text())
     losses = [line["loss"] for line in steps_of(tmp_path)]
     with capsys.disabled():
@@ -390,7 +372,7 @@ def test_controls_on_shapes(tmp_path, capsys):
     runs = {}
     for name, root in roots.items():  # a core each
         flags = [*data_flags(root), "--recipe", "shapes", "--iterations", CONTROL_STEPS]
-        runs[name] = start(tmp_path / name, *flags, "--workers", 0, "--out", tmp_path / name)
+        runs[name] = start_train(tmp_path / name, *flags, "--workers", 0, "--out", tmp_path / name)
     for name, process in runs.items():
         finish(process, tmp_path / name, 600)
     found = {
