@@ -80,6 +80,11 @@ def top_of(lines):
     return min(max(tops), 2 * statistics.median_low(tops)) or 1.0 if tops else 1.0
 
 
+def whole(lines):
+    """How high an axis must reach to show every point, of curves that cannot diverge."""
+    return ticks(max((y for line in lines for _, y in line), default=0.0) or 1.0)[-1]
+
+
 def chart(
     lines, key, x0=0, y0=0, width=360, height=230, *, x_max=None, y_max=None, x_name="", log=False
 ):

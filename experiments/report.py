@@ -228,9 +228,8 @@ def training(runs: list[Run]) -> str:
     parts = ['<div class="panels">']
     for title in titles:
         lines = {i: some[title] for i, some in enumerate(curves) if some.get(title)}
-        highest = max((y for line in lines.values() for _, y in line), default=0.0)
-        whole = figures.ticks(highest or 1.0)[-1] if title in WHOLE else None
-        caption, panel = escape(title), chart(title, lines, y_max=whole, x_name="step")
+        top = figures.whole(lines.values()) if title in WHOLE else None
+        caption, panel = escape(title), chart(title, lines, y_max=top, x_name="step")
         parts.append(f"<figure>{panel}<figcaption>{caption}</figcaption></figure>")
     parts.append("</div>")
     windows = ", ".join(f"{escape(r.name)} {smoothing(r)}" for r in runs)
@@ -593,7 +592,8 @@ def write_budget(path: Path, folders: list[str]) -> None:
         minutes[run.name] = [(row["cpu_minutes"], row["mAP"]) for row in measured]
         images[run.name] = [((row["step"] + 1) * args["batch_size"] / 1000, row["mAP"])
                             for row in measured]  # fmt: skip
-    path.write_text(figures.curves(panels), encoding="utf-8")
+    top = figures.whole(minutes.values())  # the run with the highest mAP is the one of interest
+    path.write_text(figures.curves(panels, y_max=top), encoding="utf-8")
     print(path)
 
 

@@ -345,6 +345,12 @@ def test_budget_figure_has_a_line_for_each_run(tmp_path, capsys):
     assert svg.count("<circle") == 2 * (2 + 2)
     assert svg.count("gone &lt;1&gt;") == 1  # in the legend
     assert ">60</text>" in svg  # of both axes
+    low = '{"peer": [[1, 2, 0.001]], "another": [[1, 2, 0.002]], "ours": [[1, 2, 0.4]]}'
+    (tmp_path / "old.json").write_text(low)  # the best of three is not outside the frame
+    report.main(["--budget", str(tmp_path / "low.svg"), f"{tmp_path}/old.json"])
+    heights = re.findall(r'<circle[^>]* cy="([^"]+)"', (tmp_path / "low.svg").read_text())
+    assert len(heights) == 6
+    assert all(float(y) >= 32 for y in heights)
     (tmp_path / "run20" / "results.json").unlink()
     with pytest.raises(ValueError, match="run20: nothing was measured"):
         report.main(["--budget", str(tmp_path / "budget.svg"), *map(str, runs)])
