@@ -197,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
         if not one.get("results"):
             raise ValueError(f"{file}: step {one.get('step')}, not the end of a run: no results")
-        if Config.from_dict(one["config"]) != model.config:
+        start = {"head_gamma": model.config.head_gamma}  # of training alone
+        if Config.from_dict(one["config"] | start) != model.config:
             raise ValueError(
                 f"--average {file}: another network, or other classes, than {args.checkpoint}"
             )

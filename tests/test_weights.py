@@ -123,7 +123,8 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     """--average: every weight and statistic is the mean, and the card says of which runs."""
     one, first, out = torch.load(whole_run / "last.pt"), tmp_path / "first.pt", tmp_path / "out.pt"
     other = {k: v + 0.5 if v.is_floating_point() else v for k, v in one["model"].items()}
-    torch.save(one | {"model": other}, first)
+    older = one["config"] | {"head_gamma": 0.5}  # only training knows of it
+    torch.save(one | {"model": other, "config": older}, first)
     torch.save(one | {"args": one["args"] | {"init": str(first)}}, tmp_path / "second.pt")
     flags = [str(tmp_path / "second.pt"), "--out", str(out), "--workers", "0", "--average"]
     ship.main([*flags, str(first)])
