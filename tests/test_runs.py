@@ -335,7 +335,7 @@ def test_overfits_sixteen_photographs(voc_root, tmp_path, capsys):
     flags += ["--width", 0.125, "--config", "stem=3,1,1"]  # the network of the quick start
     flags += ["--out", tmp_path, "--iterations", OVERFIT_STEPS]
     begin = time.monotonic()
-    finish(start_train(tmp_path, *flags, threads=2), tmp_path, 600)
+    finish(start_train(tmp_path, *flags), tmp_path, 600)
     result = json.loads((tmp_path / "results.json").read_text())
     losses = [line["loss"] for line in steps_of(tmp_path)]
     with capsys.disabled():
