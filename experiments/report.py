@@ -592,7 +592,7 @@ def write_budget(path: Path, folders: list[str]) -> None:
         minutes[run.name] = [(row["cpu_minutes"], row["mAP"]) for row in measured]
         images[run.name] = [((row["step"] + 1) * args["batch_size"] / 1000, row["mAP"])
                             for row in measured]  # fmt: skip
-    top = figures.whole(minutes.values())  # the run with the highest mAP is the one of interest
+    top = figures.whole(minutes.values())
     path.write_text(figures.curves(panels, y_max=top), encoding="utf-8")
     print(path)
 

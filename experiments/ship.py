@@ -194,10 +194,10 @@ def main(argv: list[str] | None = None) -> None:
     model, run = load_detector(args.checkpoint, args.device)
     config, about = run["config"], run["args"]
     others = [read_checkpoint(file) for file in args.average]
+    start = {"head_gamma": model.config.head_gamma}  # acts before training only: it may differ
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
         if not one.get("results"):
             raise ValueError(f"{file}: step {one.get('step')}, not the end of a run: no results")
-        start = {"head_gamma": model.config.head_gamma}  # of training alone
         if Config.from_dict(one["config"] | start) != model.config:
             raise ValueError(
                 f"--average {file}: another network, or other classes, than {args.checkpoint}"
