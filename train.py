@@ -67,9 +67,9 @@ RECIPES = {
     "released": PAPER | dict(iterations=100_000, drops=(0.40, 0.75, 0.90)),
     # --minutes on a GPU, estimated to do 500 steps in some 20 s. Its rate, .1, is for 64 images.
     "budget": SHORT | dict(iterations=20_000, augment="ssd", batch_size=64, save_every=2_000),
-    "shapes": SHORT | dict(iterations=1_000, augment="flip", batch_size=4, lr=0.2, warmup=0.7,
+    "shapes": SHORT | dict(iterations=350, augment="flip", batch_size=16, lr=0.4, warmup=0.6,
                            width=0.125, stem=(3, 1, 1), head_gamma=0.1,  # the quick start
-                           sizes=((160, 0.55), (224, 0.75), (300, 1.0))),
+                           sizes=((160, 0.55), (224, 0.75), (300, 1.0)), save_every=100),
     "overfit": SHORT | dict(iterations=300, augment="none", lr=0.05, warmup=0.1, width=0.25),
 }
 # "budget" on a CPU: 25 images/s per core and more, where SHORT's network does 1. A step has fixed

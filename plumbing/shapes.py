@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
+from plumbing.cache import file_lock
+
 SHAPE_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
 
@@ -129,32 +131,39 @@ def draw_shapes(
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))  # renamed when it is complete
-    tree = part / "VOC2007"
-    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (tree / name).mkdir(parents=True)
-    print(f"data: drawing {num_train} + {num_test} images of shapes into {root}", file=sys.stderr)
-    for split, (name, count) in enumerate((("train", num_train), ("test", num_test))):
-        ids = [f"{name}{i:05d}" for i in range(count)]
-        (tree / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        for i, image_id in enumerate(ids):
-            image, boxes, labels = draw_image(np.random.default_rng((seed, split, i)))
-            image.save(tree / "JPEGImages" / f"{image_id}.jpg", quality=90)
-            objects = "".join(
-                f"  <object>\n    <name>{SHAPE_CLASSES[label - 1]}</name><difficult>0</difficult>\n"
-                f"    <bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
-                "</bndbox>\n  </object>\n"
-                for (x0, y0, x1, y1), label in zip(boxes.astype(int), labels, strict=True)
-            )
-            (tree / "Annotations" / f"{image_id}.xml").write_text(
-                f"<annotation>\n  <filename>{image_id}.jpg</filename>\n"
-                f"  <size><width>{image.width}</width><height>{image.height}</height>"
-                f"<depth>3</depth></size>\n{objects}</annotation>\n"
-            )
-    try:
-        os.rename(part, root)
-    except OSError:  # another process has made it meanwhile
-        shutil.rmtree(part)
+    with file_lock(Path(folder) / ".lock"):  # the other ranks wait here for the one that draws
         if not root.is_dir():
-            raise
+            print(f"data: drawing {num_train} + {num_test} images of shapes into {root}",
+                  file=sys.stderr)  # fmt: skip
+            part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))
+            for split, (name, count) in enumerate((("train", num_train), ("test", num_test))):
+                draw_set(part / "VOC2007", name, count, (seed, split))
+            try:
+                os.rename(part, root)
+            except OSError:  # without locks another process may have made it meanwhile
+                shutil.rmtree(part)
+                if not root.is_dir():
+                    raise
     return root
+
+
+def draw_set(tree: Path, name: str, count: int, seed: tuple[int, int]) -> None:
+    """Draws `count` pictures into a VOC tree, as the set `name`."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tree / folder).mkdir(parents=True, exist_ok=True)
+    ids = [f"{name}{i:05d}" for i in range(count)]
+    (tree / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+    for i, image_id in enumerate(ids):
+        image, boxes, labels = draw_image(np.random.default_rng((*seed, i)))
+        image.save(tree / "JPEGImages" / f"{image_id}.jpg", quality=90)
+        objects = "".join(
+            f"  <object>\n    <name>{SHAPE_CLASSES[label - 1]}</name><difficult>0</difficult>\n"
+            f"    <bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+            "</bndbox>\n  </object>\n"
+            for (x0, y0, x1, y1), label in zip(boxes.astype(int), labels, strict=True)
+        )
+        (tree / "Annotations" / f"{image_id}.xml").write_text(
+            f"<annotation>\n  <filename>{image_id}.jpg</filename>\n"
+            f"  <size><width>{image.width}</width><height>{image.height}</height>"
+            f"<depth>3</depth></size>\n{objects}</annotation>\n"
+        )

@@ -43,7 +43,7 @@ from scratchdet import Config, ScratchDet, load_detector
 
 ROOT = Path(__file__).parents[1]
 OVERFIT_STEPS = 250
-CONTROL_STEPS = 450
+CONTROL_STEPS = 140
 FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
 
 
