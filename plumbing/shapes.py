@@ -131,10 +131,9 @@ def draw_shapes(
     if root.is_dir():
         return root
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with file_lock(Path(folder) / ".lock"):  # the other ranks wait here for the one that draws
+    print(f"data: drawing {num_train} + {num_test} images of shapes into {root}", file=sys.stderr)
+    with file_lock(Path(folder) / ".lock"):  # one rank draws, the others wait here
         if not root.is_dir():
-            print(f"data: drawing {num_train} + {num_test} images of shapes into {root}",
-                  file=sys.stderr)  # fmt: skip
             part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))
             for split, (name, count) in enumerate((("train", num_train), ("test", num_test))):
                 draw_set(part / "VOC2007", name, count, (seed, split))

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,7 @@ from data import (
 )
 from ops.reference import jitter_colour
 from plumbing import cache as image_cache
-from plumbing import machine
+from plumbing import machine, shapes
 from plumbing.files import BadData, Record, decode_pixels, open_record
 from plumbing.shapes import SHAPE_CLASSES, draw_image, draw_shapes, outline
 from plumbing.voc import read_voc
@@ -579,6 +581,21 @@ def test_outlines_fill_their_box(shape):
     points = outline(shape)
     assert np.allclose(points.min(axis=0), 0)
     assert np.allclose(points.max(axis=0), 1)
+
+
+def test_one_rank_draws_and_the_others_wait(tmp_path, monkeypatch):
+    drawn, draw_set = [], shapes.draw_set
+
+    def slowly(*args):
+        drawn.append(args[1])
+        time.sleep(0.2)
+        draw_set(*args)
+
+    monkeypatch.setattr(shapes, "draw_set", slowly)
+    with ThreadPoolExecutor(3) as ranks:
+        made = [ranks.submit(draw_shapes, tmp_path, num_train=2, num_test=1) for _ in range(3)]
+    assert len({future.result() for future in made}) == 1
+    assert drawn == ["train", "test"]
 
 
 def test_shapes_are_drawn_once_and_the_same_for_a_seed(tmp_path, shapes_root, capsys):

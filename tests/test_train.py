@@ -152,7 +152,7 @@ def test_the_linear_rule():
 
 
 @pytest.mark.parametrize(
-    ("argv", "images", "width"), [([], 4, 0.125), (["--voc-root", "x"], 128, 1.0)]
+    ("argv", "images", "width"), [([], 16, 0.125), (["--voc-root", "x"], 128, 1.0)]
 )
 def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
     with pytest.raises(SystemExit):
