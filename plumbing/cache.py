@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,11 @@ def memory_map(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """One process at a time. The system drops the lock when its holder dies."""
+    """One process at a time. The system drops the lock when its holder dies.
+
+    The first rank, whose words and progress are seen, has half a second's start.
+    """
+    time.sleep(0.5 if int(os.environ.get("LOCAL_RANK", 0)) else 0)
     with open(path, "w") as file:
         # Without locks (Windows, some network file systems) two processes may both build the file;
         # the rename at the end keeps it whole.

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from plumbing.cache import file_lock
+from plumbing.program import Progress
 
 SHAPE_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
@@ -150,7 +151,7 @@ def draw_set(tree: Path, name: str, count: int, seed: tuple[int, int]) -> None:
     """Draws `count` pictures into a VOC tree, as the set `name`."""
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (tree / folder).mkdir(parents=True, exist_ok=True)
-    ids = [f"{name}{i:05d}" for i in range(count)]
+    ids, progress = [f"{name}{i:05d}" for i in range(count)], Progress(count, f"drawing {name}")
     (tree / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(ids) + "\n")
     for i, image_id in enumerate(ids):
         image, boxes, labels = draw_image(np.random.default_rng((*seed, i)))
@@ -166,3 +167,4 @@ def draw_set(tree: Path, name: str, count: int, seed: tuple[int, int]) -> None:
             f"  <size><width>{image.width}</width><height>{image.height}</height>"
             f"<depth>3</depth></size>\n{objects}</annotation>\n"
         )
+        progress(i + 1)

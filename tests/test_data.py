@@ -598,6 +598,16 @@ def test_one_rank_draws_and_the_others_wait(tmp_path, monkeypatch):
     assert drawn == ["train", "test"]
 
 
+def test_the_rank_that_is_seen_lets_the_others_wait(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with image_cache.file_lock(tmp_path / "lock"):
+            pass
+    assert waited[0] == 0 < waited[1]
+
+
 def test_shapes_are_drawn_once_and_the_same_for_a_seed(tmp_path, shapes_root, capsys):
     again = draw_shapes(tmp_path, num_train=14, num_test=3)
     assert "drawing" in capsys.readouterr().err
