@@ -43,7 +43,7 @@ from scratchdet import Config, ScratchDet, load_detector
 
 ROOT = Path(__file__).parents[1]
 OVERFIT_STEPS = 250
-CONTROL_STEPS = 140
+CONTROL_STEPS = 200
 FINITE = dict.fromkeys(train.LOGGED, torch.tensor(1.0))
 
 
@@ -371,7 +371,8 @@ def test_controls_on_shapes(tmp_path, capsys):
     shuffle_labels(roots["shuffled"])
     runs = {}
     for name, root in roots.items():  # a core each
-        flags = [*data_flags(root), "--recipe", "shapes", "--iterations", CONTROL_STEPS]
+        flags = [*data_flags(root), "--recipe", "shapes", "--batch-size", 8]
+        flags += ["--iterations", CONTROL_STEPS]
         runs[name] = start_train(tmp_path / name, *flags, "--workers", 0, "--out", tmp_path / name)
     for name, process in runs.items():
         finish(process, tmp_path / name, 600)
