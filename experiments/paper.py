@@ -139,7 +139,7 @@ TABLES["table1"] = Table(
 
 # ------------------------------------------------------------------------------ Table 2
 
-SMALL_ROOT = "--recipe shapes --batch-size 16"  # the quick start's: 6 times as fast
+SMALL_ROOT = "--recipe shapes --batch-size 16"  # the quick start's: 6 times the images/s
 
 
 def root_rows():

@@ -37,7 +37,7 @@ def memory_map(path: Path) -> np.ndarray:
 def file_lock(path: Path) -> Iterator[None]:
     """One process at a time. The system drops the lock when its holder dies.
 
-    The first rank, whose words and progress are seen, has half a second's start.
+    The first rank goes first, by half a second: cores.py lets only its messages through.
     """
     time.sleep(0.5 if int(os.environ.get("LOCAL_RANK", 0)) else 0)
     with open(path, "w") as file:

@@ -134,16 +134,17 @@ def draw_shapes(
     Path(folder).mkdir(parents=True, exist_ok=True)
     print(f"data: drawing {num_train} + {num_test} images of shapes into {root}", file=sys.stderr)
     with file_lock(Path(folder) / ".lock"):  # one rank draws, the others wait here
-        if not root.is_dir():
-            part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))
-            for split, (name, count) in enumerate((("train", num_train), ("test", num_test))):
-                draw_set(part / "VOC2007", name, count, (seed, split))
-            try:
-                os.rename(part, root)
-            except OSError:  # without locks another process may have made it meanwhile
-                shutil.rmtree(part)
-                if not root.is_dir():
-                    raise
+        if root.is_dir():
+            return root
+        part = Path(tempfile.mkdtemp(prefix=".shapes-", dir=folder))  # renamed when it is complete
+        for split, (name, count) in enumerate((("train", num_train), ("test", num_test))):
+            draw_set(part / "VOC2007", name, count, (seed, split))
+        try:
+            os.rename(part, root)
+        except OSError:  # without locks another process may have made it meanwhile
+            shutil.rmtree(part)
+            if not root.is_dir():
+                raise
     return root
 
 
