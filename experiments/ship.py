@@ -97,7 +97,8 @@ def command_of(args: dict) -> str:
 def part(run: dict) -> dict:
     """What a card says of one run, given its checkpoint or a shipped file."""
     if "card" in run:
-        return {key: run["card"][key] for key in ("command", "commit", "cpu_hours")}
+        keys = ("command", "commit", "cpu_hours", "averaged")
+        return {key: run["card"][key] for key in keys if run["card"].get(key)}
     hours = (run["results"] or {}).get("cpu_minutes", 0) / 60
     return dict(command=command_of(run["args"]), commit=run["commit"], cpu_hours=round(hours, 3))
 
@@ -124,19 +125,28 @@ def numbers(results: dict) -> dict:
     }
 
 
-def beside(card: dict) -> list[str]:
-    """The runs whose weights are averaged with the last one's: "run 5's", or a command."""
-    names = {str(p): f"run {n}'s" for n, p in enumerate(card.get("before", []), start=1)}
-    return [
-        names.get(str(p)) or f"`{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} hours"
-        for p in card.get("averaged", [])
+def all_hours(card: dict) -> float:
+    """CPU hours of all runs that made a file, each counted once."""
+    chain = (*card.get("before", []), card)
+    runs = [one for run in chain for one in (run, *run.get("averaged", []))]
+    return sum({(r["command"], r["commit"], r["cpu_hours"]): r["cpu_hours"] for r in runs}.values())
+
+
+def beside(run: dict, before: list[dict]) -> str:
+    """The runs whose weights are averaged with this one's: "run 5's" of those before, or all of
+    its command. An empty string for none."""
+    names = {(p["command"], p["commit"]): f"run {n}'s" for n, p in enumerate(before, start=1)}
+    others = [
+        names.get((p["command"], p["commit"]))
+        or f"those of `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
+        for p in run.get("averaged", [])
     ]
+    return "; its weights averaged with " * bool(others) + " and with ".join(others)
 
 
 def page(card: dict, name: str) -> str:
     """The card as a page of Markdown."""
     all_of_it, config, before = card["measured"], card["network"], card.get("before", [])
-    hours = sum(run["cpu_hours"] for run in (*before, card))
     lines = [
         f"# {name}",
         "",
@@ -150,13 +160,13 @@ def page(card: dict, name: str) -> str:
         f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images; "
         f"{len(before) + 1} run{'s, each from the weights before (--init)' * bool(before)} |",
         *(
-            f"| run {n} | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours |"
+            f"| run {n} | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
+            f"{beside(p, before)} |"
             for n, p in enumerate(before, start=1)
         ),
-        f"| run {len(before) + 1} | `{card['command']}` |",
-        *(f"| its weights are averaged with | {text} |" for text in beside(card)),
+        f"| run {len(before) + 1} | `{card['command']}`{beside(card, before)} |",
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
-        f"| cost | {hours:.2f} CPU hours in all; the last run on {card['machine']} |",
+        f"| cost | {all_hours(card):.2f} CPU hours in all; the last run on {card['machine']} |",
         f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
         f"**{all_of_it['mAP_11point']:.4f}** 11-point, {all_of_it['mAP_area']:.4f} area |",
         f"| the same, the first {card['first']['images']} images | "
@@ -194,11 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     model, run = load_detector(args.checkpoint, args.device)
     config, about = run["config"], run["args"]
     others = [read_checkpoint(file) for file in args.average]
-    start = {"head_gamma": model.config.head_gamma}  # acts before training only: it may differ
+    # What acts before training only, and the size of the images, may differ.
+    free = {"head_gamma": model.config.head_gamma, "size": model.config.size}
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
         if not one.get("results"):
             raise ValueError(f"{file}: step {one.get('step')}, not the end of a run: no results")
-        if Config.from_dict(one["config"] | start) != model.config:
+        if Config.from_dict(one["config"] | free) != model.config:
             raise ValueError(
                 f"--average {file}: another network, or other classes, than {args.checkpoint}"
             )

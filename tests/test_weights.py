@@ -123,15 +123,24 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     """--average: every weight and statistic is the mean, and the card says of which runs."""
     one, first, out = torch.load(whole_run / "last.pt"), tmp_path / "first.pt", tmp_path / "out.pt"
     other = {k: v + 0.5 if v.is_floating_point() else v for k, v in one["model"].items()}
-    older = one["config"] | {"head_gamma": 0.5}  # only training knows of it
-    torch.save(one | {"model": other, "config": older}, first)
-    torch.save(one | {"args": one["args"] | {"init": str(first)}}, tmp_path / "second.pt")
+    older = one["config"] | {"head_gamma": 0.5, "size": 320}  # neither changes what weights mean
+    args = one["args"]
+    torch.save(one | {"model": other, "config": older, "args": args | {"seed": 5}}, first)
+    torch.save(one | {"args": args | {"init": str(first)}}, tmp_path / "second.pt")
     flags = [str(tmp_path / "second.pt"), "--out", str(out), "--workers", "0", "--average"]
     ship.main([*flags, str(first)])
     for name, tensor in read_checkpoint(out)["model"].items():
         mean = one["model"][name] + (0.25 if tensor.is_floating_point() else 0)
         torch.testing.assert_close(tensor.float(), mean.float(), rtol=1e-3, atol=1e-3)
-    assert "averaged with | run 1's |" in out.with_name("README.md").read_text()
+    assert "`; its weights averaged with run 1's |" in out.with_name("README.md").read_text()
+    third, last = tmp_path / "third.pt", tmp_path / "last.pt"  # began with the mean, once more mean
+    torch.save(one | {"args": args | {"init": str(out), "seed": 7}}, third)
+    ship.main([str(third), "--out", str(last), "--workers", "0", "--average", str(first), str(out)])
+    card, text = read_checkpoint(last)["card"], last.with_name("README.md").read_text()
+    assert "; its weights averaged with run 1's |\n| run 3 |" in text
+    assert "`; its weights averaged with run 1's and with run 2's |" in text
+    hours = [run["cpu_hours"] for run in (*card["before"], card)]
+    assert f"{sum(hours):.2f} CPU hours in all" in text
     with pytest.raises(ValueError, match="photos.pt: another network, or other classes, than"):
         ship.main([*flags, str(PHOTOS)])
     torch.save(one | {"results": None}, tmp_path / "half.pt")
