@@ -125,20 +125,26 @@ def numbers(results: dict) -> dict:
     }
 
 
+def key(run: dict) -> tuple:
+    """What tells one run from all others, whether or not its weights were then averaged."""
+    return run["command"], run["commit"], run["cpu_hours"]
+
+
 def all_hours(card: dict) -> float:
     """CPU hours of all runs that made a file, each counted once."""
     chain = (*card.get("before", []), card)
     runs = [one for run in chain for one in (run, *run.get("averaged", []))]
-    return sum({(r["command"], r["commit"], r["cpu_hours"]): r["cpu_hours"] for r in runs}.values())
+    return sum({key(run): run["cpu_hours"] for run in runs}.values())
 
 
 def beside(run: dict, before: list[dict]) -> str:
-    """The runs whose weights are averaged with this one's: "run 5's" of those before, or all of
-    its command. An empty string for none."""
-    names = {(p["command"], p["commit"]): f"run {n}'s" for n, p in enumerate(before, start=1)}
+    """What a run's weights are averaged with: "run 5's" own, "run 5's mean" if its weights were
+    averaged, too, or those of a command. An empty string for a run alone."""
+    names = {key(p): f"run {n}'s" for n, p in enumerate(before, start=1)}
     others = [
-        names.get((p["command"], p["commit"]))
-        or f"those of `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
+        names[key(p)] + " mean" * ("averaged" in p)
+        if key(p) in names
+        else f"those of `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
         for p in run.get("averaged", [])
     ]
     return "; its weights averaged with " * bool(others) + " and with ".join(others)

@@ -138,7 +138,7 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     ship.main([str(third), "--out", str(last), "--workers", "0", "--average", str(first), str(out)])
     card, text = read_checkpoint(last)["card"], last.with_name("README.md").read_text()
     assert "; its weights averaged with run 1's |\n| run 3 |" in text
-    assert "`; its weights averaged with run 1's and with run 2's |" in text
+    assert "`; its weights averaged with run 1's and with run 2's mean |" in text
     hours = [run["cpu_hours"] for run in (*card["before"], card)]
     assert f"{sum(hours):.2f} CPU hours in all" in text
     with pytest.raises(ValueError, match="photos.pt: another network, or other classes, than"):
