@@ -9,11 +9,13 @@ as a page beside it, README.md. `detect.py` takes weights/photos.pt by default.
 
 `--average FILE ...` ships the mean of this checkpoint's weights and theirs: runs that began from
 the same weights can be better together than each alone (Wortsman et al. 2022, "Model soups").
+`--size` ships them for another size of the input: priors are fractions of it, weights know of none.
 """
 
 import argparse
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import check_file, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
-from scratchdet import Config, load_detector
+from scratchdet import Config, ScratchDet, load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
 NOT_SAID = (*PATHS, "minutes", "resume", "device", "workers", "save_every", "eval_every", "data")
@@ -200,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="of train.py, at the end of its run")
     add_eval_flags(parser)
     parser.add_argument("--average", nargs="+", default=[], metavar="FILE", help="with these")
+    parser.add_argument("--size", type=int, help="side of the input (default: the checkpoint's)")
     parser.add_argument("--out", required=True, metavar="FILE", help="such as weights/NAME.pt")
     args = parser.parse_args(argv)
     check_eval_flags(args)
@@ -209,6 +212,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{readme}: would be overwritten; choose another folder for --out")
     model, run = load_detector(args.checkpoint, args.device)
     config, about = run["config"], run["args"]
+    if args.size:
+        config = config | {"size": args.size}
+        model = ScratchDet(replace(model.config, size=args.size)).to(args.device).eval()
     others = [read_checkpoint(file) for file in args.average]
     # What acts before training only, and the size of the images, may differ.
     free = {"head_gamma": model.config.head_gamma, "size": model.config.size}

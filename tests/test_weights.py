@@ -135,17 +135,20 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     assert "`; its weights averaged with run 1's |" in out.with_name("README.md").read_text()
     third, last = tmp_path / "third.pt", tmp_path / "last.pt"  # began with the mean, once more mean
     torch.save(one | {"args": args | {"init": str(out), "seed": 7}}, third)
-    ship.main([str(third), "--out", str(last), "--workers", "0", "--average", str(first), str(out)])
+    flags = [str(third), "--out", str(last), "--workers", "0", "--size", "288"]
+    ship.main([*flags, "--average", str(first), str(out)])
     card, text = read_checkpoint(last)["card"], last.with_name("README.md").read_text()
+    assert load_detector(last)[0].config.size == 288
+    assert "288 px" in card["network"]
     assert "; its weights averaged with run 1's |\n| run 3 |" in text
     assert "`; its weights averaged with run 1's and with run 2's mean |" in text
     hours = [run["cpu_hours"] for run in (*card["before"], card)]
     assert f"{sum(hours):.2f} CPU hours in all" in text
     with pytest.raises(ValueError, match="photos.pt: another network, or other classes, than"):
-        ship.main([*flags, str(PHOTOS)])
+        ship.main([*flags, "--average", str(PHOTOS)])
     torch.save(one | {"results": None}, tmp_path / "half.pt")
     with pytest.raises(ValueError, match="half.pt: step .*, not the end of a run"):
-        ship.main([*flags, str(tmp_path / "half.pt")])
+        ship.main([*flags, "--average", str(tmp_path / "half.pt")])
 
 
 def test_ship_overwrites_nothing_of_others(whole_run, tmp_path):
