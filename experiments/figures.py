@@ -117,7 +117,8 @@ def chart(
             parts.append(label(left - 6, at + 4, "end", f"{y:,g}"))
     for x in ticks(x_high):
         if x <= x_high * 1.01:
-            parts.append(label(place(x, marks[0])[0], top + h + 16, "middle", f"{x:,g}"))
+            at = min(place(x, marks[0])[0], x0 + width - 3.5 * len(f"{x:,g}"))  # all of it inside
+            parts.append(label(at, top + h + 16, "middle", f"{x:,g}"))
     parts.append(label(left + w / 2, y0 + height - 4, "middle", x_name))
     for number, line in lines.items():
         some = [place(*p) for p in line[:: max(1, len(line) // POINTS)] + line[-1:]]
