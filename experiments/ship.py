@@ -146,7 +146,7 @@ def beside(run: dict, before: list[dict]) -> str:
     others = [
         names[key(p)] + " mean" * ("averaged" in p)
         if key(p) in names
-        else f"those of `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
+        else f"those of `{p['command']}` (commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours)"
         for p in run.get("averaged", [])
     ]
     return "; its weights averaged with " * bool(others) + " and with ".join(others)
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{readme}: would be overwritten; choose another folder for --out")
     model, run = load_detector(args.checkpoint, args.device)
     config, about = run["config"], run["args"]
-    if args.size:
+    if args.size is not None:
         config = config | {"size": args.size}
         model = ScratchDet(replace(model.config, size=args.size)).to(args.device).eval()
     others = [read_checkpoint(file) for file in args.average]
