@@ -74,14 +74,21 @@ def draw_boxes(
         pen.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=1 + size // 8)
     if legend:
         return with_legend(image, labels, classes, font, size)
-    for i in order:
-        if truth and crowded:
-            continue
+    if crowded:
+        return image
+    taken: list[tuple[float, float, float, float]] = []
+    for i in order[::-1]:  # the best has the first choice of a place
         x0, y0, _, y1 = boxes_xyxy[i].tolist()
         left, top, right, bottom = pen.textbbox((0, 0), texts[i], font=font)
         w, h = right - left + 4, bottom - top + 4
         x = max(0, min(x0, image.width - w))
-        y = max(0, min(y1 - h if truth else y0 - h, image.height - h))
+        y = first = max(0, min(y1 - h if truth else y0 - h, image.height - h))
+        column = [place for place in taken if place[0] < x + w and x < place[2]]
+        while hidden := [place for place in column if place[1] < y + h and y < place[3]]:
+            y = hidden[0][1] - h if truth else hidden[0][3]  # further into its box
+        if not 0 <= y <= image.height - h:
+            y = first  # no free place
+        taken.append((x, y, x + w, y + h))
         pen.rectangle((x, y, x + w, y + h), fill=GREEN if truth else ORANGE)
         pen.text((x + 2 - left, y + 2 - top), texts[i], fill="white" if truth else "black",
                  font=font)  # fmt: skip

@@ -69,6 +69,24 @@ def test_draw_boxes():
     pictures.draw_boxes(image, np.empty((0, 4)), np.empty(0, int), np.empty(0), ("dog",))
 
 
+@pytest.mark.parametrize("truth", [False, True])
+def test_no_name_lies_on_another(truth):
+    """Three boxes of almost the same corners: as many pixels of letters as the three apart."""
+    image = Image.new("RGB", (320, 240), (90, 90, 90))
+    boxes = np.array([[40.0, 60, 200, 180], [52, 61, 203, 178], [60, 70, 196, 184]])
+    labels, scores = np.array([1, 2, 1]), None if truth else np.array([0.55, 0.87, 0.31])
+
+    def letters(some):
+        drawn = pictures.draw_boxes(image, boxes[some], labels[some],
+                                    None if truth else scores[some], ("dog", "sheep"))  # fmt: skip
+        pixels = np.array(drawn).astype(int)
+        return ((pixels > 190) if truth else (pixels < 60)).all(axis=-1).sum()
+
+    apart = [letters([i]) for i in range(3)]
+    assert min(apart) > 20
+    assert letters([0, 1, 2]) == sum(apart)
+
+
 def test_a_crowd_gets_colours_and_a_legend_instead_of_names():
     """Twenty cells: no name hides a cell; the strip below counts them."""
     image = Image.new("RGB", (300, 200), (90, 90, 90))
