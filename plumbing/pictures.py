@@ -82,17 +82,22 @@ def draw_boxes(
         left, top, right, bottom = pen.textbbox((0, 0), texts[i], font=font)
         w, h = right - left + 4, bottom - top + 4
         x = max(0, min(x0, image.width - w))
-        y = first = max(0, min(y1 - h if truth else y0 - h, image.height - h))
-        column = [place for place in taken if place[0] < x + w and x < place[2]]
-        while hidden := [place for place in column if place[1] < y + h and y < place[3]]:
-            y = hidden[0][1] - h if truth else hidden[0][3]  # further into its box
-        if not 0 <= y <= image.height - h:
-            y = first  # no free place
+        y = max(0, min(y1 - h if truth else y0 - h, image.height - h))
+        free = free_place(taken, x, y, w, h, up=truth)  # further into its box
+        y = free if 0 <= free <= image.height - h else y
         taken.append((x, y, x + w, y + h))
         pen.rectangle((x, y, x + w, y + h), fill=GREEN if truth else ORANGE)
         pen.text((x + 2 - left, y + 2 - top), texts[i], fill="white" if truth else "black",
                  font=font)  # fmt: skip
     return image
+
+
+def free_place(taken: Sequence[tuple], x: float, y: float, w: float, h: float, up: bool) -> float:
+    """The y of a plate of w x h, moved down or up until it lies on none of those `taken` (xyxy)."""
+    for x0, y0, x1, y1 in sorted(taken, key=lambda place: place[1], reverse=up):
+        if x0 < x + w and x < x1 and y0 < y + h and y < y1:
+            y = y0 - h if up else y1
+    return y
 
 
 def with_legend(image: Image.Image, labels: np.ndarray, classes: Sequence[str], font, size: int):

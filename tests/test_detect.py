@@ -71,7 +71,8 @@ def test_draw_boxes():
 
 @pytest.mark.parametrize("truth", [False, True])
 def test_no_name_lies_on_another(truth):
-    """Three boxes of almost the same corners: as many pixels of letters as the three apart."""
+    """Three boxes of almost the same corners: as many pixels of letters as the three apart, and
+    none outside the boxes, but for the first name of a detection, above its box."""
     image = Image.new("RGB", (320, 240), (90, 90, 90))
     boxes = np.array([[40.0, 60, 200, 180], [52, 61, 203, 178], [60, 70, 196, 184]])
     labels, scores = np.array([1, 2, 1]), None if truth else np.array([0.55, 0.87, 0.31])
@@ -80,6 +81,8 @@ def test_no_name_lies_on_another(truth):
         drawn = pictures.draw_boxes(image, boxes[some], labels[some],
                                     None if truth else scores[some], ("dog", "sheep"))  # fmt: skip
         pixels = np.array(drawn).astype(int)
+        assert (pixels[187:] == 90).all()
+        assert (pixels[: 58 if truth else 40] == 90).all()
         return ((pixels > 190) if truth else (pixels < 60)).all(axis=-1).sum()
 
     apart = [letters([i]) for i in range(3)]
