@@ -26,7 +26,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+# Idle threads must sleep, as in train.py: beside other work, threads that spin are far slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np  # noqa: E402
 import torch
 from PIL import Image
 from torch import Tensor

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -510,3 +511,23 @@ def test_every_kind_of_network_becomes_onnx(backbone, tmp_path):
     # Random deep networks enlarge what is rounded. How much, float64 shows.
     rounding = differences(ours(model, pixels, torch.float64)[:3], wanted)
     assert differences(got, wanted) <= max(8, 2 * rounding)
+
+
+@pytest.mark.parametrize("own", [None, "ACTIVE"])
+@pytest.mark.parametrize("program", ["detect", "train"])
+def test_idle_threads_sleep(program, own):
+    """libgomp reads the policy when torch is loaded: it has to stand by then. The user's stays."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+import {program}
+"""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": own} if own else {}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
+                         text=True, check=True)  # fmt: skip
+    assert run.stdout.split()[0] == (own or "PASSIVE")
