@@ -124,7 +124,7 @@ def sample_source(
 ) -> np.ndarray:
     """Expand, then crop: the part of the image that the network sees, (4,) xyxy in its units.
 
-    Without `zoom_out` (ours, not SSD's) half of the images are not cropped either: they stay whole.
+    Without `zoom_out` (ours, not SSD's) half of the images skip the crop, too, and stay whole.
     """
     canvas = expand(rng) if zoom_out else np.array(WHOLE)
     if not zoom_out and rng.random() < 0.5:

@@ -1,8 +1,8 @@
 """Run a detector over a data set and measure it.
 
     python eval.py runs/shapes/last.pt                    on what it was trained for: AP per class
-    python eval.py CHECKPOINT --voc-root DIR              VOC2007 test
-    python eval.py CHECKPOINT --coco-root DIR             val2017: COCO's 12 numbers
+    python eval.py CHECKPOINT --voc-root DIR              its run's sets there, or VOC2007 test
+    python eval.py CHECKPOINT --coco-root DIR             the same, or val2017: COCO's 12 numbers
 
     records --+--> run_detector --> one Detections per image --+--> summarise --> results_text
               +------------------------------------------------+    metrics.py    plumbing/tables.py
@@ -80,7 +80,7 @@ def evaluate(
     With several ranks of torch.distributed, rank r takes records[r::world] and all return the same.
     """
     if world > 1:
-        # Each rank has its own running statistics of BatchNorm: all must use those of rank 0.
+        # On GPUs each rank has running statistics of BatchNorm of its own: all use those of rank 0.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     found = run_detector(

@@ -63,7 +63,7 @@ def average_precision(tp: Array, fp: Array, objects: int) -> tuple[float, float,
     if not objects:
         return np.nan, np.nan, recall, precision
     # 3 * .1 > .3 in floating point, so a recall of exactly 3/10 does not reach the point .3. The
-    # published numbers (py-faster-rcnn's voc_eval) have this, too; a class moves by up to .001.
+    # published numbers (py-faster-rcnn's voc_eval) have this, too; it matters if recall ends there.
     eleven = best_precision(recall, precision, np.arange(0, 1.1, 0.1)).mean()
     area = best_precision(recall, precision, recall) @ (tp[right] / objects)
     return eleven, area, recall, precision

@@ -10,7 +10,7 @@
     training:  loc, logits, priors, boxes -> loss                multibox_loss
     testing:   loc, logits, priors -> boxes, scores, labels      detect
 
-Letters, here and everywhere: N images - P = 8732 priors - C classes with background (21 for VOC) -
+Letters, here and everywhere: N images - P priors (8732) - C classes with background (21 for VOC) -
 A priors per cell - G boxes of one image - T boxes of a batch - D detections of an image at most.
 Boxes are float32 in units of the image; priors and decoded boxes may lie partly outside [0, 1]. The
 name of a tensor says its format: `_xyxy` is (left, top, right, bottom), `_cxcywh` is (centre x,
@@ -173,7 +173,7 @@ def convs_of(module: nn.Module):
 
 
 def conv_extras(c_in: int, how_many: int, ch, *, bn: bool) -> list[nn.Module]:
-    """The extra layers of SSD: 1x1 to halve the channels, then 3x3 to shrink the map.
+    """The extra layers of SSD: 1x1 to half of the channels to come, then 3x3 to shrink the map.
 
     The last two have no padding: 5 -> 3 -> 1. `ch` applies the width.
     """

@@ -4,7 +4,7 @@
                                                         minutes on a laptop
     python train.py --voc-root VOCdevkit                the paper's recipe: 100,000 steps of 128
                                                         images, Root-ResNet-34, VOC 07+12
-    python train.py --voc-root VOCdevkit --minutes 60   the best this machine can do in an hour
+    python train.py --voc-root VOCdevkit --minutes 60   a recipe for an hour of this machine
     torchrun --nproc-per-node 4 train.py --voc-root VOCdevkit        several GPUs
 
 One step: a batch of images -> loc, logits -> loss -> gradients -> SGD. The run writes everything
@@ -98,7 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-sets", nargs="+", metavar="SET", help="VOC: YEAR:NAME, COCO: NAME")
     add("--eval-sets", nargs="+", metavar="SET", help="the same, for the evaluation")
     add("--augment", choices=data.AUGMENT,
-        help="ssd: colour, expand, crop, flip; crop: colour, flip, half of the images cropped. "
+        help="ssd: colour, expand, crop, flip; crop: colour, flip, SSD's crop for half of them. "
         f"Recipe budget on a CPU: crop, in fewer than {CROPS_FROM} epochs flip")
     add("--overfit", type=int, default=0, metavar="N",
         help="train and evaluate on the first N training images")
