@@ -140,11 +140,11 @@ def all_hours(card: dict) -> float:
 
 
 def beside(run: dict, before: list[dict]) -> str:
-    """What a run's weights are averaged with: "run 5's" own, "run 5's mean" if its weights were
+    """What a run's weights are averaged with: those of run 5, the mean of run 5 if its weights were
     averaged, too, or those of a command. An empty string for a run alone."""
-    names = {key(p): f"run {n}'s" for n, p in enumerate(before, start=1)}
+    names = {key(p): f"run {n}" for n, p in enumerate(before, start=1)}
     others = [
-        names[key(p)] + " mean" * ("averaged" in p)
+        ("the mean of " if "averaged" in p else "those of ") + names[key(p)]
         if key(p) in names
         else f"those of `{p['command']}` (commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours)"
         for p in run.get("averaged", [])
@@ -155,6 +155,8 @@ def beside(run: dict, before: list[dict]) -> str:
 def page(card: dict, name: str) -> str:
     """The card as a page of Markdown."""
     all_of_it, config, before = card["measured"], card["network"], card.get("before", [])
+    runs, again = [*before, card], "`python -m experiments.again"
+    chosen = " (a little too good if what to average was chosen on them)"
     lines = [
         f"# {name}",
         "",
@@ -165,17 +167,18 @@ def page(card: dict, name: str) -> str:
         "| | |",
         "|---|---|",
         f"| network | {config}; {card['bytes'] / 1e6:.1f} MB, convolutions in fp16 |",
-        f"| trained on | {', '.join(card['train_sets'])}: {card['images']:,} images; "
-        f"{len(before) + 1} run{'s, each from the weights before (--init)' * bool(before)} |",
+        f"| trained on | {', '.join(card['train_sets'])}: the {card['images']:,} images that were "
+        f"there{'; each run begins with what the one before it left (--init)' * bool(before)} |",
         *(
             f"| run {n} | `{p['command']}`; commit {p['commit']}, {p['cpu_hours']:.2f} CPU hours"
             f"{beside(p, before)} |"
-            for n, p in enumerate(before, start=1)
+            for n, p in enumerate(runs, start=1)
         ),
-        f"| run {len(before) + 1} | `{card['command']}`{beside(card, before)} |",
+        f"| all of it again | {again} {name}`, with the data's folder and `--out DIR` |",
         f"| commit, torch, seed | {card['commit']}, {card['torch']}, {card['seed']} |",
         f"| cost | {all_hours(card):.2f} CPU hours in all; the last run on {card['machine']} |",
-        f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images | "
+        f"| mAP on {' '.join(card['eval_sets'])}, {all_of_it['images']:,} images"
+        f"{chosen * any('averaged' in run for run in runs)} | "
         f"**{all_of_it['mAP_11point']:.4f}** 11-point, {all_of_it['mAP_area']:.4f} area |",
         f"| the same, the first {card['first']['images']} images | "
         f"{card['first']['mAP_11point']:.4f}, {card['first']['mAP_area']:.4f} |",

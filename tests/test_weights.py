@@ -1,7 +1,11 @@
 """weights/photos.pt is what its card says; the demo; and ship, which writes such files."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 import eval as evaluation
 import train
 from detect import Detector
-from experiments import demo, ship
+from experiments import again, demo, ship
 from metrics import summarise
 from plumbing.checkpoint import read_checkpoint
 from plumbing.voc import VOC_CLASSES, read_voc
@@ -136,7 +140,10 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     for name, tensor in read_checkpoint(out)["model"].items():
         mean = one["model"][name] + (0.25 if tensor.is_floating_point() else 0)
         torch.testing.assert_close(tensor.float(), mean.float(), rtol=1e-3, atol=1e-3)
-    assert "`; its weights averaged with run 1's |" in out.with_name("README.md").read_text()
+    assert (
+        "CPU hours; its weights averaged with those of run 1 |"
+        in out.with_name("README.md").read_text()
+    )
     third, last = tmp_path / "third.pt", tmp_path / "last.pt"  # began with the mean
     torch.save(run(4, init=str(out), seed=7), third)
     flags = [str(third), "--out", str(last), "--workers", "0", "--size", "288"]
@@ -144,8 +151,8 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
     card, text = read_checkpoint(last)["card"], last.with_name("README.md").read_text()
     assert load_detector(last)[0].config.size == 288
     assert "288 px" in card["network"]
-    assert "; its weights averaged with run 1's |\n| run 3 |" in text
-    assert "`; its weights averaged with run 1's and with run 2's mean |" in text
+    assert "; its weights averaged with those of run 1 |\n| run 3 |" in text
+    assert "; its weights averaged with those of run 1 and with the mean of run 2 |" in text
     assert "| cost | 7.00 CPU hours in all" in text  # each run once
     with pytest.raises(ValueError, match="photos.pt: another network, or other classes, than"):
         ship.main([*flags, "--average", str(PHOTOS)])
@@ -186,3 +193,74 @@ def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
     torch.save(halfway, tmp_path / "half.pt")
     with pytest.raises(ValueError, match="not the end of a run"):
         ship.main([str(tmp_path / "half.pt"), "--out", str(tmp_path / "out.pt")])
+
+
+def test_what_made_the_photo_detector(shipped):
+    """Its 14 runs in order: each begins with the mean before it, as do those averaged with it."""
+    jobs = again.jobs_of(shipped["card"])
+    assert [job.name for job in jobs if not job.of] == [
+        *(f"run{n}" for n in range(1, 7)),
+        *(f"run{n}{part}" for n in range(7, 11) for part in ("-1", "")),
+    ]
+    assert [job.init for job in jobs[:6]] == [None, *(f"run{n}" for n in range(1, 6))]
+    of = {job.name: job.of for job in jobs if job.of}
+    assert of["mean6"] == ("run6", "run5")
+    assert of["mean8"] == ("run8", "run8-1", "run7", "mean7")
+    assert jobs[-1].of == ("run10", "run10-1", "mean9")
+    assert {job.init for job in jobs if job.name.startswith("run10")} == {"mean9"}
+
+
+@pytest.mark.slow
+def test_a_shipped_file_made_again_has_the_same_bits(shapes_root, tmp_path, capsys):
+    """Three runs, a mean of all, a run after it: from the card alone; and only once."""
+
+    def run(name: str, *more: str) -> str:
+        train.main(run_flags(shapes_root, tmp_path / name, *more))
+        return str(tmp_path / name / "last.pt")
+
+    first, mean, new = run("first"), str(tmp_path / "mean/m.pt"), tmp_path / "new/small.pt"
+    other, second = (run(f"s{n}", "--init", first, "--seed", f"{n}") for n in (1, 2))
+    flags = "--workers", "0", "--out"
+    ship.main([second, "--average", other, first, *flags, mean])
+    ship.main([run("last", "--init", mean), *flags, str(new)])
+    root, out = str(shapes_root), tmp_path / "again"
+    command = [str(new), "--voc-root", root, "--out", str(out), "--today"]
+    with pytest.raises(ValueError, match="its classes were read from a file: expected --classes"):
+        again.main(command)
+    command += ["--classes", str(shapes_root / "names.txt"), "--", "--workers", "0"]
+    again.main(command)
+    assert "small.pt: the same weights, mAP" in capsys.readouterr().out
+    assert read_checkpoint(out / "mean3/small.pt")["card"]["sha256"] in new.with_name(
+        "README.md"
+    ).read_text(encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    again.main(command)  # all is there
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals of Unix")
+def test_a_stop_reaches_the_run_first(tmp_path, capsys):
+    """It may take its time to save: nobody kills it."""
+    saves = "import signal, sys, time; from pathlib import Path\n"
+    saves += "signal.signal(15, lambda *_: (time.sleep(1), Path('saved').touch(), sys.exit(143)))\n"
+    saves += "Path('ready').touch(); time.sleep(60)"
+
+    def stop() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit, match="130"):
+        again.run([sys.executable, "-c", saves], tmp_path, dict(os.environ))
+    assert (tmp_path / "saved").exists()
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+
+
+def test_again_says_what_it_needs(whole_run, tmp_path):
+    with pytest.raises(ValueError, match="last.pt: no card; expected a file of `python -m exper"):
+        again.main([str(whole_run / "last.pt")])
+    with pytest.raises(ValueError, match="voc: where is it. Expected --voc-root DIR"):
+        again.main([str(PHOTOS), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="commit 0123abc cannot be had: .*0123abc.*--today runs"):
+        again.code_of("0123abc", tmp_path)
