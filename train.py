@@ -358,15 +358,12 @@ def wrap(model: ScratchDet, args, world: int) -> nn.Module:
     return torch.compile(network) if args.compile else network
 
 
-def measure(model: ScratchDet, test: list, args, rank: int, world: int) -> tuple[dict, list]:
-    """Evaluates the model: results, with the CPU minutes of all ranks so far, and detections."""
+def measure(model: ScratchDet, test: list, log: run_folder.RunLog, args, world: int) -> tuple:
+    """Evaluates the model -> results, with the CPU minutes of the run so far, and detections."""
     metric = evaluation.metric_of(args.data, args.eval_sets)
-    how = {"workers": args.workers, "rank": rank, "world": world}
+    how = {"workers": args.workers, "rank": log.rank, "world": world}
     results, found = evaluation.evaluate(model, test, metric=metric, **how)
-    seconds = torch.tensor(sum(os.times()[:4]), device=model.priors_cxcywh.device)
-    if world > 1:
-        dist.all_reduce(seconds)
-    return results | {"cpu_minutes": round(seconds.item() / 60, 2)}, found
+    return results | {"cpu_minutes": round(log.cpu_seconds() / 60, 2)}, found
 
 
 def time_a_step(network, model, optimizer, stream: Callable, micro: int, args) -> float:
@@ -478,7 +475,7 @@ def main(argv: list[str] | None = None) -> dict:
             log.save(step, model, optimizer, images=len(train))
             evaluation.draw_sheet(model, test[:12], out / "detections" / f"{step:07}.png")
 
-    measure_now = partial(measure, model, test, args, rank, world)
+    measure_now = partial(measure, model, test, log, args, world)
     train_steps(network, model, optimizer, batches, log, save, measure_now, args)
     batches.close()  # ends the loader processes, whose CPU time `measure` then counts
 

@@ -30,7 +30,7 @@ from experiments.convert_data import name_pictures, write_set
 from metrics import Detections, summarise
 from ops.reference import per_channel
 from plumbing import machine, plan
-from plumbing.program import Progress, StopSignals, run_program
+from plumbing.program import Progress, StopSignals, check_range, run_program
 from plumbing.run_folder import write_checkpoint, write_json
 from plumbing.tables import results_text
 from plumbing.voc import VOC_CLASSES, read_voc
@@ -98,12 +98,12 @@ def import_peer(name: str):
     module = "torchvision.models.detection" if name in PEERS else "ultralytics"
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except (ImportError, RuntimeError) as error:  # torchvision beside another torch than its own
         package = module.split(".")[0]
         raise ValueError(
-            f"--peer {name}: {package} is not installed: pip install {package}, in the version "
-            f"that belongs to torch {torch.__version__}. Peers are {', '.join(PEERS)}, and the "
-            "networks of Ultralytics, such as yolo11n"
+            f"--peer {name}: {package} cannot be used ({error}): pip install {package}, in the "
+            f"version that belongs to torch {torch.__version__}. Peers are {', '.join(PEERS)}, and "
+            "the networks of Ultralytics, such as yolo11n"
         ) from None
 
 
@@ -210,6 +210,9 @@ def main(argv: list[str] | None = None) -> dict:
     add("--resume", action="store_true")
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.peer}"
+    check_range(args, "minutes", 0.01, 366 * 24 * 60)
+    check_range(args, "batch_size save_every", 1)
+    check_range(args, "workers", 0)
     module = import_peer(args.peer)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True

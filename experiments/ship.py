@@ -15,6 +15,7 @@ the same weights can be better together than each alone (Wortsman et al. 2022, "
 import argparse
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
 from plumbing.program import check_file, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
+from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
 
 PATHS = ("voc_root", "coco_root", "yolo_root", "classes", "init", "out", "cache")
@@ -38,15 +40,22 @@ WRITTEN = "Written by `python -m experiments.ship`."
 LIMITS = (
     "It knows these classes and no others, and an object that it has never seen may look like one "
     "of them.",
-    "Small objects are mostly missed: those of less than 32 pixels in a picture of 300x300.",
-    "Its photographs are snapshots, most of them by day, and it was tested on no others.",
     "It is made to teach and to start from, not to decide anything about people.",
 )
-TERMS = (
-    "The weights are under this project's licence (MIT). They were trained on photographs of the "
-    "PASCAL VOC sets of 2007 and 2012, which come from Flickr and stand under its terms of use; "
-    "VOC's makers offer them for research. No photograph is in the file or in this project."
-)
+SMALL = "Small objects are mostly missed: those of less than 32 pixels in a picture of 300x300."
+PICTURES = {
+    "voc": "Its photographs are snapshots, most of them by day",
+    "own": "It was trained on pictures of one data set",
+    "shapes": "It was trained on drawn shapes",
+}
+TERMS = {
+    "voc": "The weights are under this project's licence (MIT). They were trained on photographs "
+    "of the PASCAL VOC sets of 2007 and 2012, which come from Flickr and stand under its terms of "
+    "use; VOC's makers offer them for research. No photograph is in the file or in this project.",
+    "own": "The terms of the pictures that it was trained on are not known to the program that "
+    "wrote this. Whoever passes the file on should say them here.",
+    "shapes": "The weights are under this project's licence (MIT), which also draws the shapes.",
+}
 
 
 def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +141,21 @@ def key(run: dict) -> tuple:
     return run["command"], run["commit"], run["cpu_hours"]
 
 
+def origin(about: dict, classes: Sequence[str]) -> str:
+    """Whose pictures a run was trained on: voc, shapes, or own."""
+    if about["data"] == "shapes":
+        return "shapes"
+    sets = {name.partition(":")[0] for name in about["train_sets"]}
+    of_voc = about["data"] == "voc" and tuple(classes) == VOC_CLASSES and sets <= {"2007", "2012"}
+    return "voc" if of_voc else "own"
+
+
+def limits(whose: str, small: float | None) -> tuple[str, ...]:
+    """What it cannot do. `small`: its mAP for small objects, if there are any."""
+    missed = [SMALL] if (small or 0) < 0.2 else []
+    return (LIMITS[0], *missed, f"{PICTURES[whose]}, and it was tested on no others.", LIMITS[1])
+
+
 def all_hours(card: dict) -> float:
     """CPU hours of all runs that made a file, each counted once."""
     chain = (*card.get("before", []), card)
@@ -161,7 +185,8 @@ def page(card: dict, name: str) -> str:
         f"# {name}",
         "",
         f"{WRITTEN} A detector of {len(all_of_it['per_class'])} "
-        "classes, trained from random weights, without a GPU. Same facts in the file: "
+        f"classes, trained from random weights{', without a GPU' * ('thread' in card['machine'])}. "
+        "Same facts in the file: "
         f'`torch.load("{name}")["card"]`.',
         "",
         "| | |",
@@ -219,6 +244,11 @@ def main(argv: list[str] | None = None) -> None:
         config = config | {"size": args.size}
         model = ScratchDet(replace(model.config, size=args.size)).to(args.device).eval()
     others = [read_checkpoint(file) for file in args.average]
+    if "card" in run or not {"args", "images", "torch", "machine"} <= set(run):
+        raise ValueError(
+            f"{args.checkpoint}: {'a shipped file' if 'card' in run else 'no run of train.py'}; "
+            "expected the last.pt of a run"
+        )
     # What acts before training only, and the size of the images, may differ.
     free = {"head_gamma": model.config.head_gamma, "size": model.config.size}
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
@@ -241,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size, workers=args.workers,
         )[0]  # fmt: skip
 
+    whose = origin(about, config["classes"])
     tested, trained = args.eval_sets or about["eval_sets"], about["train_sets"]
     results, some = measure(tested), measure(tested, FIRST)
     seen = measure(trained[:1], results["images"])
@@ -252,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         "measured": numbers(results), "first": numbers(some), "seen": numbers(seen),
         "threshold": results["threshold"], "sha256": fingerprint(state),
         "measured_with": f"commit {machine.commit()}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"), "limits": LIMITS, "terms": TERMS,
+        "date": time.strftime("%Y-%m-%d"), "terms": TERMS[whose],
+        "limits": limits(whose, numbers(results)["by_size"]["small"]),
     }  # fmt: skip
     kept = {"threshold": results["threshold"]}  # detect.py asks for it
     plain = {name: about[name] for name in about if name not in PATHS}

@@ -24,6 +24,9 @@ from plumbing.workers import PREFETCH
 # ------------------------------------------------------------------------------ the flags
 
 
+SMALLEST = 96  # pixels, of --sizes: gradients of smaller images explode
+
+
 def size_and_share(text: str) -> tuple[int, float]:
     """One value of --sizes: "160:.45" -> (160, 0.45)."""
     try:
@@ -40,26 +43,36 @@ def check_flags(args: Namespace, given: Namespace) -> None:
     check_range(args, "lr", 0, sys.float_info.max)
     check_range(args, "seed", 0, 2**63 - 1)
     check_range(args, "warmup drops", 0, 1)
-    check_range(args, "minutes", 0.01)
+    check_range(args, "minutes", 0.01, 366 * 24 * 60)
     if not args.out:
         raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
+    if args.init == "":
+        raise ValueError("--init '': expected a checkpoint, such as weights/photos.pt")
     if given.minutes and given.iterations:
         raise ValueError("--minutes and --iterations both say how long to train: give one")
     if given.drops and args.schedule == "linear":
         raise ValueError(f"--drops: recipe {args.recipe} falls on a line to zero and has none")
-    grows = [(0, 0.0), *args.sizes]
-    if args.sizes and not (
-        grows[-1] == (args.size, 1)
-        and all(a[1] < b[1] and b[0] > 0 for a, b in itertools.pairwise(grows))
-    ):
-        raise ValueError(
-            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
-            f"shares that grow, to {args.size}:1 at the end, such as 160:.5 {args.size}:1"
-        )
+    if args.init is None or Path(args.init).exists():  # else only a run that it began can go on
+        check_sizes(args)
     if args.sync_bn and not args.device.startswith("cuda"):
         raise ValueError(
             f"--sync-bn --device {args.device}: torch's SyncBatchNorm runs on GPUs only. Leave it "
             "out (each rank then normalises by its own images), or use --device cuda"
+        )
+
+
+def check_sizes(args: Namespace) -> None:
+    """ValueError unless the sizes end with the network's, none is larger or so small that its maps
+    are mostly border, and the shares grow."""
+    grows = [(SMALLEST, 0.0), *args.sizes]
+    if args.sizes and not (
+        grows[-1] == (args.size, 1)
+        and all(a[1] < b[1] and SMALLEST <= b[0] <= args.size for a, b in itertools.pairwise(grows))
+    ):
+        raise ValueError(
+            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
+            f"sizes of {SMALLEST} to {args.size} with shares that grow, {args.size}:1 at the end, "
+            f"such as 160:.5 {args.size}:1"
         )
 
 

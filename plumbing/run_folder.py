@@ -238,8 +238,10 @@ class RunLog:
         self.every, self.pending = every, []
         before = before or {"step": 0, "skipped": 0}  # the checkpoint from which the run goes on
         self.first, self.skipped = before["step"], before["skipped"]
+        self.seconds_before, self.ended = before.get("cpu_seconds", 0.0), before.get("results")
         self.begin, self.stopping = time.perf_counter(), False
         self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.lead = self.rank == 0
         self.file, self.progress = None, None
         if self.lead:
@@ -298,9 +300,24 @@ class RunLog:
                 raise
             self.stopping = True
 
+    def cpu_seconds(self) -> float:
+        """Of all ranks and all starts of the run up to its end. All ranks must call it. Loader
+        processes count once they have ended."""
+        if self.ended:  # what is done after the end is no part of the run
+            return 60 * self.ended.get("cpu_minutes", 0.0)
+        parts = [sum(os.times()[:4])]
+        if self.world > 1:
+            parts *= self.world
+            dist.all_gather_object(parts, parts[0])
+        return self.seconds_before + sum(parts)
+
     def save(self, step: int, model, optimizer, *, images: int, results: dict | None = None):
-        """Writes last.pt after `step` steps; at the end also the results, and results.json."""
+        """Writes last.pt after `step` steps; at the end also the results, and results.json.
+
+        The other ranks may be at other steps: their CPU time is taken to be that of this one."""
+        seconds = self.seconds_before + self.world * sum(os.times()[:4])
         done = {"step": step, "skipped": self.skipped, "images": images, "results": results}
+        done |= {"cpu_seconds": seconds}
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         last = self.out / "last.pt"
         write_checkpoint(last, self.about | done | state, keep_previous=not results)

@@ -224,7 +224,8 @@ def relabel(
     if unknown:
         what = (
             f"objects of {', '.join(unknown)}. The network detects {', '.join(classes)}. It cannot "
-            f"be measured on {', '.join(unknown)}: choose the data it was trained for"
+            f"be measured on {', '.join(unknown)}: choose the data it was trained for, or train "
+            "it with all names: --classes FILE"
         )
         count = sum(int(counts[n]) for n, name in enumerate(names, 1) if name in unknown)
         found.refuse(" ".join(sets), what, "class that the network does not detect", count)

@@ -185,6 +185,33 @@ def test_measuring_on_the_way_changes_nothing(whole_run, shapes_root, tmp_path):
     assert 0 < minutes[0] <= minutes[1] <= end
 
 
+def test_cpu_minutes_are_those_of_all_starts(whole_run, shapes_root, tmp_path):
+    """And of the run alone: what measures it once more after its end does not count."""
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    torch.save(torch.load(out / "previous.pt") | {"cpu_seconds": 6e5}, out / "last.pt")
+    flags, file = run_flags(shapes_root, out, "--resume"), out / "results.json"
+    results = train.main(flags)
+    spent = sum(os.times()[:4]) / 60
+    assert 1e4 < results["cpu_minutes"] <= 1e4 + spent + 0.01
+    assert 6e5 < torch.load(out / "last.pt")["cpu_seconds"] < 6e5 + 60 * spent + 1
+    assert train.main(flags)["cpu_minutes"] == results["cpu_minutes"]
+    assert json.loads(file.read_text())["cpu_minutes"] == results["cpu_minutes"]
+
+
+def test_a_resumed_run_does_not_need_the_file_that_it_began_with(whole_run, shapes_root, tmp_path):
+    """Its size, to which --sizes grows, came from there; now it comes from the checkpoint."""
+    run = torch.load(whole_run / "last.pt")
+    began = {"init": str(tmp_path / "gone.pt"), "size": 320, "sizes": ((160, 0.5), (320, 1.0))}
+    torch.save(run | {"args": run["args"] | began}, tmp_path / "last.pt")
+    flags = ["--init", tmp_path / "gone.pt", "--sizes", "160:.5", "320:1", "--resume"]
+    args, _ = run_folder.resume(train.parse_args, run_flags(shapes_root, tmp_path, *flags))
+    assert (args.size, args.sizes[-1]) == (320, (320, 1.0))
+    flags[1] = tmp_path / "other.pt"
+    with pytest.raises(ValueError, match="--init .*other.pt: .* was started with .*gone.pt"):
+        run_folder.resume(train.parse_args, run_flags(shapes_root, tmp_path, *flags))
+
+
 def test_an_overfit_run_is_measured_again_on_its_own_images(shapes_root, tmp_path):
     train.main(voc_flags(shapes_root, "--overfit", 2, "--iterations", 1, "--out", tmp_path))
     again = tmp_path / "again.json"
