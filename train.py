@@ -449,7 +449,7 @@ def main(argv: list[str] | None = None) -> dict:
     about = run_folder.describe(args, model.config, machine.processor(device), world)
     say(f"commit {about['commit']}, torch {about['torch']}, {about['machine']}")
     if lead and not checkpoint:
-        say(run_folder.start_folder(out, left_out), end="")
+        say(run_folder.start_folder(out, left_out, args.resume), end="")
     say(f"{ops.describe()}\n{summary(model)}\n{plan.about_data(train, test, classes)}")
 
     def stream(step: int, images: int, size: int | None = None) -> Iterator[data.Batch]:

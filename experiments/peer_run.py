@@ -96,6 +96,11 @@ def detections(model, records, args, size: int, device) -> list[Detections]:
 def import_peer(name: str):
     """The module that trains it: torchvision's, or Ultralytics'."""
     module = "torchvision.models.detection" if name in PEERS else "ultralytics"
+    if name not in PEERS and not name.startswith(("yolo", "rtdetr")):
+        raise ValueError(
+            f"--peer {name}: expected one of {', '.join(PEERS)}, or a network of Ultralytics, such "
+            "as yolo11n"
+        )
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision beside another torch than its own

@@ -112,13 +112,22 @@ def check_file(path: str | None, *inputs: str | Path) -> None:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another") from None
 
 
+def as_words(value: object) -> str:
+    """A flag's value as on a command line: ((160, 0.5), (300, 1)) -> "160:0.5 300:1"."""
+    if isinstance(value, (list, tuple)):
+        pairs = value and isinstance(value[0], (list, tuple))
+        return " ".join(":".join(map(as_words, v)) if pairs else as_words(v) for v in value)
+    return str(value)
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default to its help text, unless there is none or the text says it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         none = action.default is None or action.default is False or action.default == ()
         said = none or "default:" in action.help
-        return action.help if said else super()._get_help_string(action)
+        default = as_words(action.default).replace("%", "%%")
+        return action.help if said else f"{action.help} (default: {default})"
 
 
 class SetFields(argparse.Action):

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
-from plumbing.program import Progress, make_folder, silence_output
+from plumbing.program import Progress, as_words, make_folder, silence_output
 
 try:
     import fcntl
@@ -95,7 +95,7 @@ def release(out: Path) -> None:
         LOCKS.pop(out).close()
 
 
-def start_folder(out: Path, left_out: str = "") -> str:
+def start_folder(out: Path, left_out: str = "", resume: bool = False) -> str:
     """Makes the folder of a new run, with the list of what --drop-bad left out -> lines to print.
 
     An earlier run in the folder moves to OUT-1, OUT-2, ... as a whole. ValueError, and nothing is
@@ -121,6 +121,8 @@ def start_folder(out: Path, left_out: str = "") -> str:
     make_folder(out, "--out")
     make_folder(out / "detections", "--out")
     hold(out)
+    if resume:
+        said += f"--resume: no last.pt in {out} yet, so this is a new run\n"
     if left_out:
         path = out / "left_out.txt"
         path.write_text(left_out, encoding="utf-8", errors="backslashreplace")
@@ -149,13 +151,15 @@ def resume(parse_args: Callable, argv: list[str] | None) -> tuple[argparse.Names
     saved = {"sizes": ()} | checkpoint["args"]  # older runs did not grow
     saved = {k: v for k, v in saved.items() if k not in MACHINE and hasattr(args, k)}
     args = parse_args(argv, **saved)
+    only_config = set(checkpoint["config"]) - {"backbone", "bn", "width", "size", "classes"}
     for key, value in saved.items():
         now, changeable = getattr(args, key), key in CHANGEABLE and value is not None
         same = json.dumps(now) == json.dumps(value)  # (1, 1) of a recipe and [1, 1] of a flag
         if not same and not changeable:
             longer = ". To train longer, start a new run from it: --init" if key in LENGTH else ""
+            flag = f"--config {key}=" if key in only_config else f"--{key.replace('_', '-')} "
             raise ValueError(
-                f"--{key.replace('_', '-')} {now}: {args.out} was started with {value}. A resumed "
+                f"{flag}{as_words(now)}: {args.out} was started with {as_words(value)}. A resumed "
                 f"run goes on as it began: leave the flag out, or choose another --out{longer}"
                 + f" {last} --out OTHER"
                 * (key in LENGTH)

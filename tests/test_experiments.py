@@ -57,3 +57,18 @@ def test_a_peer_that_is_not_installed(peer, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"--peer {peer}: .* pip install {module.split('.')[0]}"):
         peer_run.main(["--voc-root", "anywhere", "--peer", peer])
+
+
+def test_a_peer_that_cannot_be_used(monkeypatch):
+    def broken(name: str):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    with pytest.raises(ValueError, match="--peer ssd3: expected one of ssd300_vgg16, .*yolo11n"):
+        peer_run.main(["--voc-root", "anywhere", "--peer", "ssd3"])
+    with pytest.raises(ValueError, match="--minutes -1.0: expected 0.01 to 527040"):
+        peer_run.main(["--voc-root", "anywhere", "--minutes", "-1"])
+    monkeypatch.setattr(peer_run.importlib, "import_module", broken)
+    with pytest.raises(
+        ValueError, match=r"torchvision cannot be used \(operator .*belongs to torch"
+    ):
+        peer_run.main(["--voc-root", "anywhere"])

@@ -210,6 +210,11 @@ def test_a_run_that_is_there_moves_as_a_whole(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["detections", "run.lock"]
 
 
+def test_resume_says_if_there_is_nothing_to_resume(tmp_path):
+    said = run_folder.start_folder(tmp_path / "typo", resume=True)
+    assert said == f"--resume: no last.pt in {tmp_path / 'typo'} yet, so this is a new run\n"
+
+
 @pytest.mark.parametrize("name", ["notes.txt", ".git", "detections/mine.jpg", "results.csv"])
 def test_a_folder_with_anything_else_stays_where_it_is(tmp_path, name):
     """A run, and in its folder something of the user's: refused, and nothing has moved."""

@@ -161,6 +161,17 @@ def test_the_mean_of_two_runs(whole_run, tmp_path):
         ship.main([*flags, "--average", str(tmp_path / "half.pt")])
 
 
+def test_ship_says_whose_pictures_they_were():
+    about = {"data": "voc", "train_sets": ["2007:train", "2012:trainval"]}
+    assert ship.origin(about, VOC_CLASSES) == "voc"
+    assert ship.origin(about, ("cell",)) == "own"
+    assert ship.origin(about | {"train_sets": ["train"]}, VOC_CLASSES) == "own"
+    assert ship.origin({"data": "shapes"}, ("ring",)) == "shapes"
+    assert "snapshots" in ship.limits("voc", 0.1)[2]
+    assert not any("Small" in limit for limit in ship.limits("shapes", 0.7))
+    assert "not known" in ship.TERMS["own"]
+
+
 def test_ship_overwrites_nothing_of_others(whole_run, tmp_path):
     run, out = str(whole_run / "last.pt"), tmp_path / "small.pt"
     with pytest.raises(ValueError, match="would be overwritten"):
@@ -193,6 +204,14 @@ def test_ship_refuses_a_run_that_is_not_at_its_end(whole_run, tmp_path):
     torch.save(halfway, tmp_path / "half.pt")
     with pytest.raises(ValueError, match="not the end of a run"):
         ship.main([str(tmp_path / "half.pt"), "--out", str(tmp_path / "out.pt")])
+    with pytest.raises(
+        ValueError, match="photos.pt: a shipped file; expected the last.pt of a run"
+    ):
+        ship.main([str(PHOTOS), "--out", str(tmp_path / "out.pt")])
+    del halfway["args"]
+    torch.save(halfway, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="bare.pt: no run of train.py; expected the last.pt"):
+        ship.main([str(tmp_path / "bare.pt"), "--out", str(tmp_path / "out.pt")])
 
 
 def test_what_made_the_photo_detector(shipped):
