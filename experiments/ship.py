@@ -239,16 +239,16 @@ def main(argv: list[str] | None = None) -> None:
     if readme.exists() and WRITTEN not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"{readme}: would be overwritten; choose another folder for --out")
     model, run = load_detector(args.checkpoint, args.device)
-    config, about = run["config"], run["args"]
-    if args.size is not None:
-        config = config | {"size": args.size}
-        model = ScratchDet(replace(model.config, size=args.size)).to(args.device).eval()
-    others = [read_checkpoint(file) for file in args.average]
     if "card" in run or not {"args", "images", "torch", "machine"} <= set(run):
         raise ValueError(
             f"{args.checkpoint}: {'a shipped file' if 'card' in run else 'no run of train.py'}; "
             "expected the last.pt of a run"
         )
+    config, about = run["config"], run["args"]
+    if args.size is not None:
+        config = config | {"size": args.size}
+        model = ScratchDet(replace(model.config, size=args.size)).to(args.device).eval()
+    others = [read_checkpoint(file) for file in args.average]
     # What acts before training only, and the size of the images, may differ.
     free = {"head_gamma": model.config.head_gamma, "size": model.config.size}
     for file, one in zip((args.checkpoint, *args.average), (run, *others), strict=True):
