@@ -255,7 +255,10 @@ def save_drawn(picture: Image.Image, path: Path, flag: str = "--draw", **options
     """Saves a drawn picture with our mark; `options` of PIL's save."""
     exif = Image.Exif()
     exif[0x0131] = MARK  # "software"
-    picture.save(drawing_path(path, flag), exif=exif, comment=MARK, **options)  # GIF: the comment
+    # These have no EXIF in Pillow. Elsewhere not: a JPEG keeps its comment when somebody edits it.
+    if Image.registered_extensions().get(path.suffix.lower()) in ("GIF", "JPEG2000"):
+        options["comment"] = MARK
+    picture.save(drawing_path(path, flag), exif=exif, **options)
 
 
 def find_pictures(names: list[str]) -> list[Path]:

@@ -383,6 +383,10 @@ def test_only_our_own_drawings_are_replaced(suffix, tmp_path):
         folder = pictures.drawing_folder(tmp_path / "drawn", [], [name])
         pictures.save_drawn(Image.new("RGB", (64, 48), colour), folder / name)
     assert np.asarray(Image.open(folder / name).convert("RGB"))[24, 32].argmax() == 2
+    if suffix in (".jpg", ".png", ".tif", ".webp"):  # edited since then, it is the user's
+        Image.open(folder / name).transpose(Image.Transpose.ROTATE_90).save(folder / name)
+        with pytest.raises(ValueError, match="not drawn by this program"):
+            pictures.drawing_folder(folder, [], [name])
 
 
 def test_a_picture_of_the_users_is_refused_before_any_detection(
