@@ -537,7 +537,7 @@ def test_a_second_ctrl_c_does_not_cut_the_json(tmp_path, monkeypatch):
         return write_text(self, *args, **options)
 
     monkeypatch.setattr(Path, "write_text", hit)
-    with pytest.raises(KeyboardInterrupt), kept_as_json(str(path)) as rows:
+    with pytest.raises(KeyboardInterrupt), kept_as_json(str(path)) as rows:  # noqa: PT012
         rows.append("done")
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == ["done"]
