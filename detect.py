@@ -18,7 +18,6 @@ Boxes here are `_xyxy`, (left, top, right, bottom), in PIXELS of the picture.
 
 import argparse
 import io
-import json
 import os
 import sys
 import time
@@ -39,18 +38,18 @@ from metrics import Detections
 from ops.reference import normalise
 from plumbing import machine
 from plumbing.export import check_ending, export
-from plumbing.files import open_image
-from plumbing.frames import split_jpegs
+from plumbing.frames import film_writer, split_jpegs
 from plumbing.pictures import (
     as_rgb,
     draw_boxes,
     drawing_folder,
     find_pictures,
     names_to_draw,
+    open_picture,
     save_drawn,
     upright,
 )
-from plumbing.program import Help, check_file, check_range, run_program
+from plumbing.program import Help, check_file, check_range, kept_as_json, run_program
 from scratchdet import ScratchDet, detect, load_detector, make_priors
 
 ROOT = Path(__file__).resolve().parent
@@ -187,6 +186,8 @@ class Detector:
     """
 
     def __init__(self, checkpoint: str | Path, device: str = "cpu", min_score: float | None = None):
+        machine.check_device(str(device))
+        check_range(argparse.Namespace(min_score=min_score), "min_score", 0, 1)
         self.model, about = load_detector(checkpoint, device)
         self.min_score = threshold(about) if min_score is None else min_score
 
@@ -240,7 +241,7 @@ def read_pictures(pictures: list[Path], failed: list[str]) -> Iterator[tuple[Pat
     """
     for path in pictures:
         try:
-            yield path, upright(open_image(path))
+            yield path, open_picture(path)
         except Exception as error:  # image decoders raise all kinds of errors on damaged files
             what = str(error) if str(path) in str(error) else f"{path}: cannot be decoded ({error})"
             print(f"error: {what}", file=sys.stderr)
@@ -252,17 +253,18 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
 
     -> the exit status: 1 if a picture could not be read, else 0.
     """
-    classes, rows, failed = model.config.classes, [], []
-    pictures = args.files
-    folder = drawing_folder(args.draw, pictures) if args.draw is not None else None
-    names = names_to_draw(pictures)
-    for path, image in read_pictures(pictures, failed):
-        found = detect_image(model, image, MULTI_SCALE if args.multi_scale else ONE_SCALE)
-        rows.append(as_json(str(path), image, found, classes))
-        print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
-        if folder:
-            boxes, scores, labels = found.above(args.min_score)
-            save_drawn(draw_boxes(image, boxes, labels, scores, classes), folder / names[path])
+    classes, pictures, failed = model.config.classes, args.files, []
+    names, folder = names_to_draw(pictures), None
+    if args.draw is not None:
+        folder = drawing_folder(args.draw, pictures, names.values())
+    with kept_as_json(args.json) as rows:
+        for path, image in read_pictures(pictures, failed):
+            found = detect_image(model, image, MULTI_SCALE if args.multi_scale else ONE_SCALE)
+            rows.append(as_json(str(path), image, found, classes))
+            print(f"{path}: {in_words(rows[-1], args.min_score)}", flush=True)
+            if folder:
+                boxes, scores, labels = found.above(args.min_score)
+                save_drawn(draw_boxes(image, boxes, labels, scores, classes), folder / names[path])
     if rows and not any(d["score"] >= args.min_score for r in rows for d in r["detections"]):
         print(
             f"nothing found in {len(rows)} pictures. This checkpoint knows {', '.join(classes)}, "
@@ -270,8 +272,6 @@ def detect_pictures(model, args: argparse.Namespace) -> int:
         )
     if folder:
         print(f"drawn: {folder}/")
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if failed:
         print(f"{len(failed)} of {len(pictures)} pictures cannot be read: {', '.join(failed)}",
               file=sys.stderr)  # fmt: skip
@@ -284,9 +284,9 @@ def detect_film(model, args: argparse.Namespace) -> int:
     --draw writes them with boxes, again as motion JPEG.
     -> the exit status: 1 if a frame could not be read, else 0.
     """
-    classes, rows, done, failed = model.config.classes, [], 0, 0
+    classes, done, failed = model.config.classes, 0, 0
     begin = time.perf_counter()
-    with open(args.draw or os.devnull, "wb") as film:
+    with kept_as_json(args.json) as rows, film_writer(args.draw) as add_frame:
         for n, frame in enumerate(split_jpegs(sys.stdin.buffer)):
             try:
                 image = as_rgb(Image.open(io.BytesIO(frame), formats=["JPEG"]))
@@ -303,15 +303,13 @@ def detect_film(model, args: argparse.Namespace) -> int:
                 rows.append(row)
             if args.draw:
                 boxes, scores, labels = found.above(args.min_score)
-                draw_boxes(image, boxes, labels, scores, classes).save(film, "JPEG", quality=90)
-    if not done:
-        raise ValueError(
-            "-: no JPEG frame on standard input. ffmpeg -i FILM -f mjpeg - writes them"
-        )
+                add_frame(draw_boxes(image, boxes, labels, scores, classes))
+        if not done:
+            raise ValueError(
+                "-: no JPEG frame on standard input. ffmpeg -i FILM -f mjpeg - writes them"
+            )
     rate = done / (time.perf_counter() - begin)
     print(f"{done} frames, {rate:.1f}/s" + (f", drawn: {args.draw}" if args.draw else ""))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -363,9 +361,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("--checkpoint: none given, and no run here; `python train.py` makes one")
     args.files = [] if args.pictures == ["-"] else find_pictures(args.pictures)
     if args.pictures == ["-"]:
-        check_file(args.draw, args.checkpoint, "/dev/stdin")  # the film itself
-    for file in (args.json, args.export):  # fail now, not after all pictures
-        check_file(file, args.checkpoint, *args.files)
+        check_file(args.draw, args.checkpoint, "/dev/stdin", flag="--draw")  # the film itself
+    for flag in ("json", "export"):  # fail now, not after all pictures
+        check_file(getattr(args, flag), args.checkpoint, *args.files, flag=f"--{flag}")
     check_ending(args.export)
     return args
 

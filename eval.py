@@ -132,8 +132,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     sources.check_eval_flags(args)
     check_range(args, "min_score", 0, 1)
-    for file in (args.json, args.results):  # fail now, not after the evaluation
-        check_file(file, args.checkpoint)
+    for flag in ("json", "results"):  # fail now, not after the evaluation
+        check_file(getattr(args, flag), args.checkpoint, flag=f"--{flag}")
     return args
 
 
@@ -142,15 +142,16 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_and_describe(args)
     classes = model.config.classes
     records = sources.open_test_set(args, checkpoint.get("args") or {}, classes)
-    for file in (args.json, args.results):
-        check_file(file, *(record.path for record in records))
+    for flag in ("json", "results"):
+        check_file(getattr(args, flag), *(record.path for record in records), flag=f"--{flag}")
     # A test set without annotations cannot be measured here, but its detections can be written, and
     # the server measures them.
     metric, annotated = metric_of(args.data, args.eval_sets), any(len(r.labels) for r in records)
     if args.json and not annotated:
         raise ValueError(f"--json {args.json}: {' '.join(args.eval_sets)} has no annotations")
+    names = [to_disk(f"{record.name.replace('/', '_')}.jpg") for record in records]
     if args.draw is not None:
-        drawing_folder(args.draw, [r.path for r in records])
+        drawing_folder(args.draw, [r.path for r in records], names)
     submission.check_comp4(args.comp4, records)
 
     if args.multi_scale:
@@ -173,8 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         print("nothing found in any image: is the checkpoint trained?")
     submission.write(args, records, found, classes)
     if args.draw:
-        for record, one in zip(records, found, strict=True):
-            name = to_disk(f"{record.name.replace('/', '_')}.jpg")
+        for record, one, name in zip(records, found, names, strict=True):
             save_drawn(draw_found(record, one, classes, args.min_score), Path(args.draw) / name)
         print(f"drawn: {args.draw}/ (truth green, detections from {args.min_score:g} orange)")
 

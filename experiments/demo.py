@@ -8,11 +8,11 @@ photographs finds something in most of them, and not in all.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from plumbing.pictures import drawing_folder, save_drawn
 from plumbing.program import run_program
 
 WIDTH, HEIGHT = 500, 375
@@ -127,10 +127,10 @@ SCENES = (aeroplane, room, sea, street)  # each: a picture, [(class, box)]
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", default="demo", metavar="DIR", help="default: demo")
-    folder = Path(parser.parse_args(argv).out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for scene in SCENES:
-        scene()[0].save(folder / f"{scene.__name__}.jpg", quality=92)
+    names = [f"{scene.__name__}.jpg" for scene in SCENES]
+    folder = drawing_folder(parser.parse_args(argv).out, [], names, "--out")
+    for scene, name in zip(SCENES, names, strict=True):
+        save_drawn(scene()[0], folder / name, "--out", quality=92)
     print(f"{len(SCENES)} pictures in {folder}/: python detect.py {folder}/ --draw drawn/")
 
 

@@ -16,6 +16,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     Only tensors and plain data are read, so a checkpoint cannot run code. The checksums of the file
     are verified, which torch.load does not do. ValueError says what is wrong and what to try.
     """
+    if not str(path):
+        raise ValueError("checkpoint '': no name; expected a file such as runs/NAME/last.pt")
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("a folder or a device")

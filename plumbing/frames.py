@@ -1,7 +1,10 @@
 """A film as a stream of JPEG pictures (motion JPEG), as `ffmpeg -f mjpeg -` writes it."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
+
+from PIL import Image
 
 SOI, EOI, SOS = 0xD8, 0xD9, 0xDA  # markers: start and end of an image, start of a scan
 MAX_FRAME = 256 << 20  # bytes; a frame without an end would fill the memory
@@ -51,3 +54,20 @@ def end_of_jpeg(data: bytes, start: int) -> int:
                 if at < 0:
                     return -1
     return at + 2 if data[at : at + 2] == b"\xff\xd9" else -1
+
+
+@contextlib.contextmanager
+def film_writer(path: str | None) -> Iterator[Callable[[Image.Image], None]]:
+    """`with film_writer(path) as add:` each add(picture) writes a frame of motion JPEG.
+
+    The first one opens the file, so a stream without a frame empties no older film.
+    """
+    with contextlib.ExitStack() as stack:
+        files: list[BinaryIO] = []
+
+        def add(picture: Image.Image) -> None:
+            if not files:
+                files.append(stack.enter_context(open(path, "wb")))
+            picture.save(files[0], "JPEG", quality=90)
+
+        yield add

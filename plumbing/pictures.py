@@ -1,10 +1,12 @@
 """Pictures with boxes, and sheets of pictures."""
 
 import colorsys
+import hashlib
 import os
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from plumbing.files import (
     Record,
     decode_pixels,
     exif_orientation,
+    open_image,
     open_record,
     to_rgb,
 )  # fmt: skip
 from plumbing.program import make_folder
 
 GREEN, ORANGE = (0, 158, 60), (245, 130, 0)  # ground truth, detections
+MARK = "drawn by ScratchDet"  # in the files that we draw: only those may be drawn again
+MARKED = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "JPEG2000", "AVIF")  # formats that can hold it
 CROWD = 8  # with so many boxes or more, colours and a legend replace the names
 
 
@@ -161,9 +166,13 @@ def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
                 f"an array {image.shape} of {image.dtype}: expected a picture (h,w), (h,w,3) RGB "
                 "or (h,w,4) RGBA of uint8, 0 to 255"
             )
+        if not array.size:
+            raise ValueError(f"an array {image.shape}: an empty picture; expected 1x1 or more")
         image = Image.fromarray(np.ascontiguousarray(array))
     if not isinstance(image, Image.Image):
         raise ValueError(f"a picture of type {type(image).__name__}: expected PIL or NumPy")
+    if 0 in image.size:
+        raise ValueError(f"an empty picture, {image.width}x{image.height}; expected 1x1 or more")
     image.load()  # decodes it; a truncated file fails here
     return to_rgb(image)
 
@@ -185,23 +194,71 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def drawing_folder(path: str | Path, pictures: Sequence[Path]) -> Path:
-    """Makes the folder for drawn pictures; refuses the one that holds the original pictures."""
+def open_picture(path: Path) -> Image.Image:
+    """A user's picture, upright; says so if it is the first of several frames."""
+    image = open_image(path)
+    # The further pictures of a telephone's JPEG (MPO) are previews and depths of the same one.
+    try:
+        many = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # a later frame is damaged; the first one may be whole
+        many = 1
+    if many > 1:
+        print(f"{path}: only the first of {many} frames", file=sys.stderr)
+    return upright(open_image(path))  # from the start: counting may have moved on
+
+
+def drawing_folder(
+    path: str | Path, pictures: Sequence[Path], names: Iterable[str], flag: str = "--draw"
+) -> Path:
+    """Makes the folder for drawn pictures of these names, and tries whether it can be written.
+
+    Refuses the folder that holds the original pictures, and one where a name is taken by a file
+    that we did not draw.
+    """
     if not str(path):
-        raise ValueError("--draw '': expected the name of a folder, such as drawn/")
+        raise ValueError(f"{flag} '': expected the name of a folder, such as drawn/")
     folder = Path(path)
     real = os.path.realpath  # as Path.resolve, but a link in a circle is no error
     places = [(real(path.parent), os.path.dirname(real(path))) for path in pictures]
     if any(real(folder) in place for place in places):
-        raise ValueError(f"--draw {path}: the pictures are there and would be overwritten")
-    return make_folder(folder, "--draw")
+        raise ValueError(f"{flag} {path}: the pictures are there and would be overwritten")
+    make_folder(folder, flag)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"nothing can be written there ({error.strerror})"
+        raise ValueError(f"{flag} {path}: {why}; choose another") from None
+    for name in names:
+        drawing_path(folder / name, flag)
+    return folder
 
 
-def save_drawn(picture: Image.Image, path: Path) -> None:
-    """Saves a drawn picture, but not through a link, which may lead to somebody's original."""
+def drawing_path(path: Path, flag: str = "--draw") -> Path:
+    """Where a drawing goes: `path`, with a name that the system allows.
+
+    ValueError where that is a link, or a file without our mark: somebody's original.
+    """
+    if len(os.fsencode(path.name)) > 255:  # the end of it, behind a number that is its own
+        end = os.fsencode(path.name)[-200:].decode(sys.getfilesystemencoding(), "ignore")
+        path = path.with_name(f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}_{end}")
     if path.is_symlink():
-        raise ValueError(f"--draw {path.parent}: {path.name} there is a link; choose another")
-    picture.save(path)
+        raise ValueError(f"{flag} {path.parent}: {path.name} there is a link; choose another")
+    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()):
+        raise ValueError(
+            f"{flag} {path.parent}: {path.name} there was not drawn by this program and would be "
+            "overwritten; choose another folder"
+        )
+    return path
+
+
+def save_drawn(picture: Image.Image, path: Path, flag: str = "--draw", **options) -> None:
+    """Saves a drawn picture with our mark; `options` of PIL's save."""
+    exif = Image.Exif()
+    exif[0x0131] = MARK  # "software"
+    # These have no EXIF in Pillow. Elsewhere not: a JPEG keeps its comment when somebody edits it.
+    if Image.registered_extensions().get(path.suffix.lower()) in ("GIF", "JPEG2000"):
+        options["comment"] = MARK
+    picture.save(drawing_path(path, flag), exif=exif, **options)
 
 
 def find_pictures(names: list[str]) -> list[Path]:
@@ -209,14 +266,22 @@ def find_pictures(names: list[str]) -> list[Path]:
     pictures = []
     for name in names:
         path = Path(name)
+        if not name:
+            raise ValueError("PICTURE|FOLDER '': no name; expected a picture or a folder")
         if not path.exists():
             raise ValueError(f"{name}: no such picture or folder")
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         # Only a folder is filtered by suffix: whoever names a file means it.
         inside = [p for p in inside if not p.name.startswith(".") or not path.is_dir()]
+        folders = {p for p in inside if p.is_dir()}
         some = [p for p in inside if p.suffix.lower() in SUFFIXES or not path.is_dir()]
+        some = [p for p in some if p not in folders]
+        left = f"{len(folders)} folder{'s' * (len(folders) > 1)} inside left out"
         if not some:
-            raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))})")
+            more = f"; {left}: name them, such as {min(folders)}" if folders else ""
+            raise ValueError(f"{name}: no picture there ({' '.join(sorted(SUFFIXES))}){more}")
+        if folders:
+            print(f"{name}: {left}: {' '.join(sorted(p.name for p in folders))}", file=sys.stderr)
         others = Counter(p.suffix for p in set(inside) - set(some) if p.is_file())
         if others:
             what = f"{others.total()} files left out, which are no pictures by their suffix"
@@ -227,11 +292,12 @@ def find_pictures(names: list[str]) -> list[Path]:
 
 def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
     """A file name for each drawn picture, all different: its own, where several have it with the
-    folders above. A suffix that Pillow does not know becomes .jpg."""
+    folders above. Behind a suffix whose format cannot hold our mark comes .jpg."""
     own, names, used = Counter(path.name for path in pictures), {}, set()
     for path in dict.fromkeys(pictures):
         parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]
-        end = "" if path.suffix.lower() in Image.registered_extensions() else ".jpg"
+        kind = Image.registered_extensions().get(path.suffix.lower())
+        end = "" if kind in MARKED else ".jpg"
         while (name := "_".join(all_parts[-parts:]) + end) in used and parts < len(all_parts):
             parts += 1
         names[path] = name

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import json
 import math
 import os
 import select
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -93,15 +94,19 @@ def silence_output() -> bool:
     return gone
 
 
-def check_file(path: str | None, *inputs: str | Path) -> None:
-    """Makes the folder of a file to be written; ValueError for a folder, or for an input's name."""
+def check_file(path: str | None, *inputs: str | Path, flag: str = "") -> None:
+    """Makes the folder of a file to be written; ValueError for a folder, or for an input's name.
+
+    `flag`: the one that gave the name, for the error.
+    """
     if path is None:
         return
-    file = Path(os.path.realpath(path))
+    file, name = Path(os.path.realpath(path)), f"{flag} {path or repr(path)}".lstrip()
     if not path or file.is_dir():
-        raise ValueError(f"{path or repr(path)}: a folder; expected the name of a file to write")
-    if any(file == Path(os.path.realpath(name)) for name in inputs):
-        raise ValueError(f"{path}: would be overwritten; choose another name for what is written")
+        what = "a folder" if path else "no name"
+        raise ValueError(f"{name}: {what}; expected the name of a file to write")
+    if any(file == Path(os.path.realpath(one)) for one in inputs):
+        raise ValueError(f"{name}: would be overwritten; choose another name for what is written")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new = not file.exists()
@@ -109,7 +114,32 @@ def check_file(path: str | None, *inputs: str | Path) -> None:
         if new:
             file.unlink()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another") from None
+        raise ValueError(f"{name}: cannot be written ({error.strerror}); choose another") from None
+
+
+@contextlib.contextmanager
+def kept_as_json(path: str | None) -> Iterator[list]:
+    """`with kept_as_json(path) as rows:` what the list holds at the end becomes a JSON file.
+
+    Where Ctrl-C or an error ends the work early, the file holds what was done, and that is said;
+    if that is nothing, an older file stays as it is. None: no file.
+    """
+    rows: list = []
+
+    def write() -> None:
+        with StopSignals():  # a second Ctrl-C must not cut the file
+            Path(path).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    try:
+        yield rows
+    except BaseException:
+        if path and rows:
+            print(f"stopped early: the results of {len(rows)} pictures go to {path}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            write()
+        raise
+    if path:
+        write()
 
 
 def as_words(value: object) -> str:

@@ -272,7 +272,12 @@ def test_the_threshold_is_the_checkpoints_own(tmp_path):
         (["--export", "{run}"], "{run}: a folder; expected"),
         (["--export", "{run}/net.foo"], "net.foo: expected a name that ends in .onnx or .pt2"),
         (["{jpg}", "--draw", ""], "--draw '': expected the name of a folder"),
-        (["-", "--draw", ""], "'': a folder; expected the name of a file"),
+        (["-", "--draw", ""], "--draw '': no name; expected the name of a file"),
+        (["{jpg}", "--json", ""], "--json '': no name; expected the name of a file"),
+        (["{jpg}", "--json", "{run}"], "--json {run}: a folder"),
+        (["{jpg}", "--checkpoint", ""], "checkpoint '': no name; expected a file"),
+        ([""], "PICTURE|FOLDER '': no name; expected a picture or a folder"),
+        (["{jpg}", "--draw", "/proc"], "--draw /proc: nothing can be written there"),
         (["{jpg}", "--draw", "{jpgs}"], "--draw {jpgs}: the pictures are there"),
         (["{jpg}", "--checkpoint", "{run}/none.pt"], "none.pt: no such checkpoint"),
     ],
@@ -328,6 +333,128 @@ def test_files_that_are_no_pictures_by_their_suffix_are_said(tmp_path, capsys):
     )
 
 
+def test_folders_inside_a_folder_are_said(tmp_path, capsys):
+    for name in ("b", "c.jpg", ".git"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"no picture there .*; 2 folders inside left out: name"):
+        detect.find_pictures([str(tmp_path)])
+    (tmp_path / "a.jpg").touch()
+    assert [p.name for p in detect.find_pictures([str(tmp_path)])] == ["a.jpg"]
+    assert f"{tmp_path}: 2 folders inside left out: b c.jpg" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp"])
+def test_the_first_of_several_frames_is_said(suffix, tmp_path, capsys):
+    path = tmp_path / f"a.{suffix}"
+    first, *rest = [Image.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    first.save(path, save_all=True, append_images=rest)
+    assert np.asarray(pictures.open_picture(path))[10, 15].argmax() == 0
+    assert f"{path}: only the first of 3 frames" in capsys.readouterr().err
+    first.save(path)
+    pictures.open_picture(path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_later_frame_does_not_hide_the_first(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.gif")
+
+    def broken(_):
+        raise SyntaxError("broken")
+
+    monkeypatch.setattr(pictures.open_image(tmp_path / "a.gif").__class__, "n_frames",
+                        property(broken))  # fmt: skip
+    assert pictures.open_picture(tmp_path / "a.gif").size == (30, 20)
+
+
+@pytest.mark.parametrize("suffix", pictures.SUFFIXES)
+def test_only_our_own_drawings_are_replaced(suffix, tmp_path):
+    """In every format that is read: drawn twice without fuss; a file of the user's stays."""
+    name = pictures.names_to_draw([Path(f"/x/a{suffix}")])[Path(f"/x/a{suffix}")]
+    mine, image = tmp_path / "mine" / name, Image.new("RGB", (64, 48), "red")
+    mine.parent.mkdir()
+    image.save(mine)
+    whole = mine.read_bytes()
+    with pytest.raises(ValueError, match=f"--draw .*mine: {name} there was not drawn by this"):
+        pictures.drawing_folder(mine.parent, [], [name])
+    with pytest.raises(ValueError, match="not drawn by this program"):
+        pictures.save_drawn(image, mine)
+    assert mine.read_bytes() == whole
+    for colour in ("red", "blue"):
+        folder = pictures.drawing_folder(tmp_path / "drawn", [], [name])
+        pictures.save_drawn(Image.new("RGB", (64, 48), colour), folder / name)
+    assert np.asarray(Image.open(folder / name).convert("RGB"))[24, 32].argmax() == 2
+    if suffix in (".jpg", ".png", ".tif", ".webp"):  # edited since then, it is the user's
+        Image.open(folder / name).transpose(Image.Transpose.ROTATE_90).save(folder / name)
+        with pytest.raises(ValueError, match="not drawn by this program"):
+            pictures.drawing_folder(folder, [], [name])
+
+
+def test_a_picture_of_the_users_is_refused_before_any_detection(
+    checkpoint, records, tmp_path, monkeypatch
+):
+    mine = tmp_path / records[0].path.name
+    mine.write_bytes(b"mine")
+    flags = [str(records[0].path), "--checkpoint", checkpoint, "--draw", str(tmp_path)]
+    monkeypatch.setattr(detect, "detect_image", None)
+    with pytest.raises(ValueError, match=f"{mine.name} there was not drawn by this program"):
+        detect.main(flags)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_name_too_long_for_a_drawing_is_cut(tmp_path):
+    image, names = Image.new("RGB", (9, 9)), [c + "\u00e9" * 140 + ".jpg" for c in "ab"]
+    folder = pictures.drawing_folder(tmp_path, [], names)
+    for name in (*names, *names):
+        pictures.save_drawn(image, folder / name)
+    assert len(list(tmp_path.glob("*.jpg"))) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_was_done_is_kept_when_the_work_ends_early(
+    error, checkpoint, records, tmp_path, monkeypatch, capsys
+):
+    real, calls = detect.detect_image, []
+
+    def some(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(detect, "detect_image", some)
+    found, names = tmp_path / "found.json", [str(r.path) for r in records[:4]]
+    with pytest.raises(error):
+        detect.main([*names, "--checkpoint", checkpoint, "--json", str(found)])
+    assert [row["image"] for row in json.loads(found.read_text())] == names[:2]
+    assert f"the results of 2 pictures go to {found}" in capsys.readouterr().err
+    whole, calls[:] = found.read_bytes(), [1, 1]
+    with pytest.raises(error):  # at the first picture: an older file stays
+        detect.main([*names, "--checkpoint", checkpoint, "--json", str(found)])
+    assert found.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "mars"}, "device mars: expected cpu, cuda"),
+        ({"device": "cuda:99"}, "device cuda:99: torch .* sees"),
+        ({"min_score": 5}, "min-score 5: expected 0 to 1"),
+    ],
+)
+def test_the_detector_blames_the_option_and_not_the_file(options, message, checkpoint):
+    with pytest.raises(ValueError, match=message):
+        detect.Detector(checkpoint, **options)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (0, 5), (4, 0, 4)])
+def test_an_empty_picture_is_refused(shape, checkpoint):
+    detector = detect.Detector(checkpoint)
+    with pytest.raises(ValueError, match=r"an array \(.*\): an empty picture; expected"):
+        detector(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match="an empty picture, 0x7; expected"):
+        detector(Image.new("RGB", (0, 7)))
+
+
 # ------------------------------------------------------------------------------ films
 
 
@@ -373,8 +500,10 @@ def test_detects_in_a_film(checkpoint, records, tmp_path, monkeypatch, capsys):
     assert "frame 2 cannot be decoded" in said.err
     assert len(list(split_jpegs(io.BytesIO(drawn.read_bytes())))) == 2
     monkeypatch.setattr(detect.sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(b"")}))
+    whole = drawn.read_bytes()
     with pytest.raises(ValueError, match="no JPEG frame"):
-        detect.main(["-", "--checkpoint", checkpoint])
+        detect.main(["-", "--checkpoint", checkpoint, "--draw", str(drawn)])
+    assert drawn.read_bytes() == whole  # no frame, no new film
 
 
 # ------------------------------------------------------------------------------ elsewhere

@@ -305,6 +305,18 @@ def test_command_does_not_draw_through_a_link(checkpoint, shapes, tmp_path):
     assert (tmp_path / "original.jpg").read_bytes() == b"somebody's"
 
 
+def test_a_drawing_replaces_no_picture_of_the_users(checkpoint, shapes, tmp_path, monkeypatch):
+    (tmp_path / "test00003.jpg").write_bytes(b"mine")
+    monkeypatch.setattr(evaluation, "run_detector", None)  # refused before any detection
+    flags = ["--voc-root", str(shapes), "--workers", "0", "--draw", str(tmp_path)]
+    with pytest.raises(ValueError, match="test00003.jpg there was not drawn by this program"):
+        evaluation.main([checkpoint, *flags])
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("test00003.jpg", b"mine")]
+    flags[-1] = ""
+    with pytest.raises(ValueError, match="--json '': no name"):
+        evaluation.main([checkpoint, *flags, "--json", ""])
+
+
 def write_coco(root, records):
     """The records as a COCO tree whose category ids are 10, 20, ..."""
     (root / "annotations").mkdir(parents=True)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from plumbing.files import (
     stays_inside,
 )
 from plumbing.pictures import GREEN
-from plumbing.program import check_file, make_folder, run_program
+from plumbing.program import check_file, kept_as_json, make_folder, run_program
 from plumbing.sources import open_data, read_data
 from plumbing.voc import read_voc
 
@@ -526,6 +527,20 @@ def test_a_file_to_write_is_tried_and_stays_as_it_is(tmp_path):
     (tmp_path / "b.json").write_text("old")
     check_file(tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == "old"
+
+
+def test_a_second_ctrl_c_does_not_cut_the_json(tmp_path, monkeypatch):
+    write_text, path = Path.write_text, tmp_path / "found.json"
+
+    def hit(self, *args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return write_text(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", hit)
+    with pytest.raises(KeyboardInterrupt), kept_as_json(str(path)) as rows:  # noqa: PT012
+        rows.append("done")
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text()) == ["done"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_results_are_not_written_over_what_they_come_from(flag, run, tmp_path):
             detect.main([str(path), "--checkpoint", str(run / "last.pt"), flag, str(file)])
     with pytest.raises(ValueError, match="would be overwritten"):
         evaluation.main([str(run / "last.pt"), "--json", str(run / "last.pt")])
-    with pytest.raises(ValueError, match="'': a folder"):
+    with pytest.raises(ValueError, match=f"{flag} '': no name"):
         detect.main([str(path), "--checkpoint", str(run / "last.pt"), flag, ""])
     assert before == (path.read_bytes(), (run / "last.pt").read_bytes())
 

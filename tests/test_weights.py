@@ -63,6 +63,19 @@ def test_it_finds_what_the_demo_draws(tmp_path):
             assert detector(picture).names[0] == expected, name
 
 
+def test_the_demo_replaces_no_picture_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "room.jpg").write_bytes(b"mine")
+    for out, message in ((".", r"--out \.: room.jpg there was not drawn by this program"),
+                         ("", "--out '': expected the name of a folder"),
+                         ("room.jpg", "--out room.jpg: no folder can be made there")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            demo.main(["--out", out])
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("room.jpg", b"mine")]
+    for _ in range(2):
+        demo.main(["--out", "new"])
+
+
 def test_detect_takes_it_by_default(tmp_path):
     demo.main(["--out", str(tmp_path)])
     done = subprocess.run(
