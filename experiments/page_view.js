@@ -57,6 +57,7 @@ function paint(canvas, of, { shade = false } = {}) {
   }
   const rectangle = ([x0, y0, x1, y1]) =>
     [left + x0 * w, top + y0 * h, (x1 - x0) * w, (y1 - y0) * h];
+  const plates = []; // where names stand: the next one goes below them
   return {
     context, side,
     box(xyxy, name, { width = 2, dash = [], fill = 0, alpha = 1, halo = width >= 2,
@@ -77,7 +78,7 @@ function paint(canvas, of, { shade = false } = {}) {
       context.lineWidth = width;
       context.strokeRect(...r);
       context.setLineDash([]);
-      if (text) label(context, text, r[0], r[1], ink, side);
+      if (text) label(context, text, r[0], r[1], ink, side, plates);
       context.globalAlpha = 1;
     },
     line(from, to, name, width = 1.5) {
@@ -101,10 +102,17 @@ function paint(canvas, of, { shade = false } = {}) {
   };
 }
 
-function label(context, text, x, y, ink, side) {
+function label(context, text, x, y, ink, side, plates) {
   context.font = "600 13px system-ui, sans-serif";
   const width = context.measureText(text).width + 10;
-  const left = Math.max(0, Math.min(x - 1, side - width)), top = y > 20 ? y - 20 : Math.max(0, y);
+  const left = Math.max(0, Math.min(x - 1, side - width));
+  let top = y > 20 ? y - 20 : Math.max(0, y);
+  for (const one of plates.sort((a, b) => a.top - b.top)) {
+    const beside = one.left >= left + width || left >= one.left + one.width;
+    if (!beside && Math.abs(one.top - top) < 19) top = one.top + 19;
+  }
+  top = Math.min(top, side - 19);
+  plates.push({ left, top, width });
   context.fillStyle = ink;
   context.fillRect(left, top, width, 19);
   context.fillStyle = "#000";

@@ -605,3 +605,21 @@ def test_a_page_of_a_page_with_a_test_set(tmp_path):
         page.main(flags)
     page.main([*flags, "--voc-root", str(root)])
     assert '"pictures":[{"name":"a",' in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_names_do_not_cover_each_other(browser):
+    plates = browser.run("""(() => {
+      const drawn = [], plates = [];
+      const context = { measureText: () => ({ width: 60 }), fillText() {},
+                        fillRect: (...plate) => drawn.push(plate) };
+      for (const [x, y] of [[50, 100], [52, 104], [300, 100], [50, 130], [40, 120], [470, 5]])
+        label(context, "ring .9", x, y, "#fff", 480, plates);
+      return drawn; })()""")
+    assert len(plates) == 6
+    for i, (x, y, w, h) in enumerate(plates):
+        assert 0 <= x <= x + w <= 480
+        assert 0 <= y <= y + h <= 480
+        for left, top, wide, tall in plates[:i]:
+            assert left + wide <= x or x + w <= left or top + tall <= y or y + h <= top
