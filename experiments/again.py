@@ -3,7 +3,7 @@
     python -m experiments.again weights/photos.pt                    what it would run, and how long
     python -m experiments.again weights/photos.pt --voc-root DIR --out runs/again
 
-    card --> its runs, each in the code of its commit --> their means (ship) --> OUT/.../photos.pt
+    card --> its runs, each in the code of its commit --> their means (ship) --> the file
 
 A run begins with what came before it (--init), and so do the runs that were averaged with it. The
 same command goes on where it was stopped. Flags after `--` go to every run: `-- --cache FOLDER`.
@@ -47,6 +47,10 @@ def jobs_of(card: dict) -> list[Job]:
     for n, run in enumerate(runs, start=1):
         name, others = f"run{n}", []
         for m, other in enumerate(run.get("averaged", []), start=1):
+            if "averaged" in other and key(other) not in means:
+                raise ValueError(
+                    f"{name} was averaged with a file whose runs the card does not say"
+                )
             if key(other) not in trained:  # it began where this run did
                 trained[key(other)] = f"{name}-{m}"
                 jobs.append(Job(f"{name}-{m}", other, init))
@@ -108,12 +112,44 @@ def run(command: list[str], folder: Path, env: dict[str, str]) -> int:
     return status
 
 
+def remake(shipped: dict, jobs: list[Job], args: argparse.Namespace, more: list[str]) -> Path:
+    """Does all jobs that are not done yet -> the new file. `more`: flags for every run."""
+    card, out, name = shipped["card"], Path(args.out).absolute(), Path(args.file).name
+    args.data = shipped["args"]["data"]
+    sources.make_absolute(args)
+    root = [] if args.data == "shapes" else [f"--{args.data}-root", str(sources.root_of(args))]
+    out.mkdir(parents=True, exist_ok=True)
+    files = {job.name: out / job.name / (name if job.of else "last.pt") for job in jobs}
+    threads = re.search(r", (\d+) thread", card["machine"])  # a GPU's has none
+    env = os.environ | ({"OMP_NUM_THREADS": threads[1]} if threads else {})
+    for n, job in enumerate(jobs, start=1):
+        file, code = files[job.name], ROOT
+        if file.exists() if job.of else at_its_end(file):
+            continue
+        if job.of:
+            first, *others = [str(files[part]) for part in job.of]
+            command = ["-m", "experiments.ship", first, *root, "--out", str(file)]
+            command += ["--average", *others] if others else []
+            command += ["--size", str(shipped["config"]["size"])] if job is jobs[-1] else []
+        else:
+            command = ["train.py", *words_of(job.run["command"], root, args.classes), *more]
+            command += ["--init", str(files[job.init])] if job.init else []
+            command += ["--out", str(file.parent), "--resume"]
+            code = ROOT if args.today else code_of(job.run["commit"], out)
+        print(f"\n{n} of {len(jobs)}: {job.name}", flush=True)
+        if (status := run([sys.executable, *command], code, env)) or not file.exists():
+            raise ValueError(f"{job.name}: exit status {status}; the same command goes on")
+    return files[jobs[-1].name]
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", help="of experiments.ship, such as weights/photos.pt")
-    sources.add_data_flags(parser.add_argument_group("data"))
+    for kind in ("voc", "coco", "yolo"):
+        parser.add_argument(f"--{kind}-root", metavar="DIR", help="as in train.py")
+    parser.add_argument("--classes", metavar="FILE", help="where a run of the card has FILE")
     parser.add_argument("--out", metavar="DIR", help="for all runs; without it nothing is run")
     parser.add_argument("--today", action="store_true", help="today's code, not each commit's")
     args = parser.parse_args(argv[:cut])
@@ -121,45 +157,18 @@ def main(argv: list[str] | None = None) -> None:
     if not (card := shipped.get("card")):
         raise ValueError(f"{args.file}: no card; expected a file of `python -m experiments.ship`")
     jobs = jobs_of(card)
-    runs = [job.name for job in jobs if not job.of]
-    print(f"{len(runs)} runs, {all_hours(card):.2f} CPU hours on {card['machine']}")
+    print(f"{all_hours(card):.2f} CPU hours on {card['machine']}")
     for job in jobs:
         begin = f"from {job.init or 'random weights'}: {job.run['command']}"
-        what = f"the mean of {', '.join(job.of)}" if job.of else begin
-        print(f"{job.name}, {what}" + f" (commit {job.run['commit']})" * (not job.of))
-    if not args.out:
-        return
-    args.data = shipped["args"]["data"]
-    sources.make_absolute(args)
-    where = [] if args.data == "shapes" else [f"--{args.data}-root", str(sources.root_of(args))]
-    out, name = Path(args.out).absolute(), Path(args.file).name
-    out.mkdir(parents=True, exist_ok=True)
-    files = {job.name: out / job.name / (name if job.of else "last.pt") for job in jobs}
-    new = files[jobs[-1].name]
-    threads = re.search(r", (\d+) thread", card["machine"])  # a GPU's has none
-    env = os.environ | ({"OMP_NUM_THREADS": threads[1]} if threads else {})
-    for job in jobs:
-        file = files[job.name]
-        if job.of and not file.exists():
-            first, *others = [str(files[part]) for part in job.of]
-            flags = [*where, *["--average", *others] * bool(others), "--out", str(file)]
-            flags += ["--size", str(shipped["config"]["size"])] if file == new else []
-            command = [sys.executable, "-m", "experiments.ship", first, *flags]
-            if status := run(command, ROOT, env):
-                raise ValueError(f"{job.name}: exit status {status}; the same command goes on")
-        elif not job.of and not at_its_end(file):
-            flags = [*words_of(job.run["command"], where, args.classes), *argv[cut + 1 :]]
-            flags += ["--init", str(files[job.init])] if job.init else []
-            code = ROOT if args.today else code_of(job.run["commit"], out)
-            which = f"run {runs.index(job.name) + 1} of {len(runs)}"
-            print(f"\n{job.name}: {which}, {job.run['cpu_hours']:.2f} CPU hours", flush=True)
-            command = [sys.executable, "train.py", *flags, "--out", str(file.parent), "--resume"]
-            if (status := run(command, code, env)) or not at_its_end(file):
-                raise ValueError(f"{job.name}: exit status {status}; the same command goes on")
-    again = read_checkpoint(new)["card"]
-    weights = "the same weights" if again["sha256"] == card["sha256"] else "other weights"
-    have, had = (one["measured"]["mAP_11point"] for one in (again, card))
-    print(f"{new}: {weights}, mAP {have:.4f}; the card's {had:.4f}")
+        how = f"commit {job.run['commit']}, {job.run['cpu_hours']:.2f} CPU hours"
+        what = f"the mean of {', '.join(job.of)}" if job.of else f"{begin} ({how})"
+        print(f"{job.name}, {what}")
+    if args.out:
+        new = remake(shipped, jobs, args, argv[cut + 1 :])
+        again = read_checkpoint(new)["card"]
+        weights = "the same weights" if again["sha256"] == card["sha256"] else "other weights"
+        have, had = (one["measured"]["mAP_11point"] for one in (again, card))
+        print(f"{new}: {weights}, mAP {have:.4f}; the card's {had:.4f}")
 
 
 if __name__ == "__main__":

@@ -289,7 +289,10 @@ def test_a_stop_reaches_the_run_first(tmp_path, capsys):
     assert "stopped; the same command goes on" in capsys.readouterr().err
 
 
-def test_again_says_what_it_needs(whole_run, tmp_path):
+def test_again_says_what_it_needs(whole_run, shipped, tmp_path):
+    stranger = shipped["card"]["averaged"][1] | {"commit": "0123abc"}
+    with pytest.raises(ValueError, match="run1 was averaged with a file whose runs the card does"):
+        again.jobs_of(shipped["card"] | {"before": [], "averaged": [stranger]})
     with pytest.raises(ValueError, match="last.pt: no card; expected a file of `python -m exper"):
         again.main([str(whole_run / "last.pt")])
     with pytest.raises(ValueError, match="voc: where is it. Expected --voc-root DIR"):
