@@ -30,7 +30,7 @@ from experiments.convert_data import name_pictures, write_set
 from metrics import Detections, summarise
 from ops.reference import per_channel
 from plumbing import machine, plan
-from plumbing.program import Progress, StopSignals, check_range, run_program
+from plumbing.program import Help, Progress, StopSignals, check_range, run_program
 from plumbing.run_folder import write_checkpoint, write_json
 from plumbing.tables import results_text
 from plumbing.voc import VOC_CLASSES, read_voc
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train, evaluate; -> the results."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument
     add("--voc-root", metavar="DIR", required=True)

@@ -154,7 +154,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default to its help text, unless there is none or the text says it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        none = action.default is None or action.default is False or action.default == ()
+        none = action.default is False or action.default in (None, (), argparse.SUPPRESS)
         said = none or "default:" in action.help
         default = as_words(action.default).replace("%", "%%")
         return action.help if said else f"{action.help} (default: {default})"

@@ -58,9 +58,9 @@ def add_eval_flags(parser: ArgumentParser) -> None:
     add_data_flags(group)
     group.add_argument("--eval-sets", nargs="+", metavar="SET", help="as in train.py")
     add = parser.add_argument_group("system").add_argument
-    add("--batch-size", type=int, default=8)
-    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch-size", type=int, default=8, help="images at once")
+    add("--workers", type=int, default=min(8, (os.cpu_count() or 2) // 2), help="loader processes")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
 
 
 def check_eval_flags(args: Namespace) -> None:
