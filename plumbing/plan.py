@@ -119,6 +119,7 @@ def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: fl
     if seconds:
         minutes = args.iterations * seconds / 60
         takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+        takes = f"{60 * minutes:.0f} seconds" if minutes < 2 else takes
         text += f"\nthis will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk"
         if minutes > 7 * 24 * 60:
             text += "\nthat is more than a week: --minutes 60 takes a recipe for an hour"
