@@ -1,7 +1,7 @@
 """Run a detector over a data set and measure it.
 
     python eval.py runs/shapes/last.pt                    on what it was trained for: AP per class
-    python eval.py CHECKPOINT --voc-root DIR              its run's sets there, or VOC2007 test
+    python eval.py CHECKPOINT --voc-root DIR              the sets of its run, or VOC2007 test
     python eval.py CHECKPOINT --coco-root DIR             the same, or val2017: COCO's 12 numbers
 
     records --+--> run_detector --> one Detections per image --+--> summarise --> results_text

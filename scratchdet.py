@@ -173,7 +173,7 @@ def convs_of(module: nn.Module):
 
 
 def conv_extras(c_in: int, how_many: int, ch, *, bn: bool) -> list[nn.Module]:
-    """The extra layers of SSD: 1x1 to half of the channels to come, then 3x3 to shrink the map.
+    """The extra layers of SSD: 1x1 to half of the output channels, then 3x3 to shrink the map.
 
     The last two have no padding: 5 -> 3 -> 1. `ch` applies the width.
     """

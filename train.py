@@ -98,8 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--train-sets", nargs="+", metavar="SET", help="VOC: YEAR:NAME, COCO: NAME")
     add("--eval-sets", nargs="+", metavar="SET", help="the same, for the evaluation")
     add("--augment", choices=data.AUGMENT,
-        help="ssd: colour, expand, crop, flip; crop: colour, flip, SSD's crop for half of them. "
-        f"Recipe budget on a CPU: crop, in fewer than {CROPS_FROM} epochs flip")
+        help="ssd: colour, expand, crop, flip; crop: colour, flip, and for half of "
+        f"the images SSD's crop. Recipe budget on a CPU: below {CROPS_FROM} epochs flip, else crop")
     add("--overfit", type=int, default=0, metavar="N",
         help="train and evaluate on the first N training images")
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from experiments.ship import all_hours, key
 from plumbing import sources
 from plumbing.checkpoint import read_checkpoint
-from plumbing.program import StopSignals, run_program
+from plumbing.program import StopSignals, own_and_others, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,16 +66,14 @@ def jobs_of(card: dict) -> list[Job]:
 def code_of(commit: str, out: Path) -> Path:
     """The repository as it was at a commit, in a folder of its own."""
     folder = out / f"code-{commit}"
-    if (folder / "train.py").exists():
-        return folder
-    clone = ["git", "clone", "--quiet", "--no-checkout", "--shared", str(ROOT), str(folder)]
-    checkout = ["git", "-C", str(folder), "checkout", "--quiet", commit]
-    for command in (clone,) * (not folder.exists()) + (checkout,):
-        done = subprocess.run(command, capture_output=True, text=True)
+    steps = [] if folder.exists() else [["clone", "--no-checkout", "--shared", ROOT, folder]]
+    steps += [] if (folder / "train.py").exists() else [["-C", folder, "checkout", commit]]
+    for words in steps:
+        done = subprocess.run(["git", *map(str, words)], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(
-                f"commit {commit} cannot be had: {done.stderr.strip() or command}. Expected a "
-                "clone with its whole history; --today runs all with today's code"
+                f"commit {commit} cannot be had: {done.stderr.strip()}. Expected a clone with its "
+                "whole history; --today runs all with today's code"
             )
     return folder
 
@@ -143,8 +141,7 @@ def remake(shipped: dict, jobs: list[Job], args: argparse.Namespace, more: list[
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    cut = argv.index("--") if "--" in argv else len(argv)
+    own, for_runs = own_and_others(argv)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("file", help="of experiments.ship, such as weights/photos.pt")
     for kind in ("voc", "coco", "yolo"):
@@ -152,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", metavar="FILE", help="where a run of the card has FILE")
     parser.add_argument("--out", metavar="DIR", help="for all runs; without it nothing is run")
     parser.add_argument("--today", action="store_true", help="today's code, not each commit's")
-    args = parser.parse_args(argv[:cut])
+    args = parser.parse_args(own)
     shipped = read_checkpoint(args.file)
     if not (card := shipped.get("card")):
         raise ValueError(f"{args.file}: no card; expected a file of `python -m experiments.ship`")
@@ -164,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         what = f"the mean of {', '.join(job.of)}" if job.of else f"{begin} ({how})"
         print(f"{job.name}, {what}")
     if args.out:
-        new = remake(shipped, jobs, args, argv[cut + 1 :])
+        new = remake(shipped, jobs, args, for_runs)
         again = read_checkpoint(new)["card"]
         weights = "the same weights" if again["sha256"] == card["sha256"] else "other weights"
         have, had = (one["measured"]["mAP_11point"] for one in (again, card))

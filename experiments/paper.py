@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import figures
-from plumbing.program import run_program
+from plumbing.program import own_and_others, run_program
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("laptop", "gpu", "full")
@@ -790,10 +790,9 @@ def parse_args(argv=None):
     add("--stop-after", type=float, metavar="MINUTES", help="stop all then; go on another time")
     add("--runs", type=Path, default=Path("runs/paper"), help="folder of all runs")
     add("--out", type=Path, default=Path("docs"), help="folder of the pages and figures")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.train_flags = argv[cut + 1 :]
+    own, train_flags = own_and_others(argv)
+    args = parser.parse_args(own)
+    args.train_flags = train_flags
     args.seeds = args.seeds or ([0, 1, 2] if args.scale == "laptop" else [0])
     if args.minutes and args.images:
         parser.error("--minutes and --images both limit a run: give one")

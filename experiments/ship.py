@@ -27,7 +27,7 @@ import train
 from experiments import baselines  # noqa: F401  a checkpoint may have any network
 from plumbing import machine
 from plumbing.checkpoint import read_checkpoint
-from plumbing.program import check_file, run_program
+from plumbing.program import as_words, check_file, run_program
 from plumbing.sources import add_eval_flags, check_eval_flags, open_test_set
 from plumbing.voc import VOC_CLASSES
 from scratchdet import Config, ScratchDet, load_detector
@@ -92,7 +92,7 @@ def command_of(args: dict) -> str:
         if name in NOT_SAID or (value == default[name] and name not in SAID):
             continue
         if name == "sizes":
-            value = [f"{size}:{share:g}" for size, share in value]
+            value = as_words(value).split()
         if name not in flags:  # a field of Config
             words += ["--config", f"{name}={value}".replace(" ", "")]
             continue

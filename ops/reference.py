@@ -201,10 +201,10 @@ def hard_negatives(score: Tensor, eligible: Tensor, how_many: Tensor) -> Tensor:
 def mined_cross_entropy(logits: Tensor, labels: Tensor, negatives_per_positive: int) -> Tensor:
     """Cross-entropy where it counts, else 0: (N,P,C), (N,P) int64 -> (N,P) float32 (SSD eq. 3).
 
-    It counts for the positive priors (label > 0) and, in each image, for the hardest negatives, of
-    the highest -log p(background): `negatives_per_positive` for each of its positives; ties at the
-    border go to the lowest prior. What is not finite is as hard as can be, and always stays:
-    mining hides no infinity and no NaN.
+    It counts for the positive priors (label > 0) and, in each image, for the hardest negatives,
+    those of the highest -log p(background): `negatives_per_positive` for each of its positives. Of
+    equals at the border the lowest priors count. What is not finite is as hard as can be, and
+    always stays: mining hides no infinity and no NaN.
     """
     positive = labels > 0
     logits = logits.float()

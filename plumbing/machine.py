@@ -53,6 +53,11 @@ def commit() -> str:
         return "unknown"
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process, and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def processor(device: torch.device | str) -> str:
     """The GPU's name, or the CPU's and how many of its threads are used."""
     if torch.device(device).type == "cuda":

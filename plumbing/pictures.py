@@ -4,7 +4,6 @@ import colorsys
 import hashlib
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -210,7 +209,7 @@ def open_picture(path: Path) -> Image.Image:
 def drawing_folder(
     path: str | Path, pictures: Sequence[Path], names: Iterable[str], flag: str = "--draw"
 ) -> Path:
-    """Makes the folder for drawn pictures of these names, and tries whether it can be written.
+    """Makes the folder for drawn pictures of these names.
 
     Refuses the folder that holds the original pictures, and one where a name is taken by a file
     that we did not draw.
@@ -223,11 +222,6 @@ def drawing_folder(
     if any(real(folder) in place for place in places):
         raise ValueError(f"{flag} {path}: the pictures are there and would be overwritten")
     make_folder(folder, flag)
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        why = f"nothing can be written there ({error.strerror})"
-        raise ValueError(f"{flag} {path}: {why}; choose another") from None
     for name in names:
         drawing_path(folder / name, flag)
     return folder
@@ -292,7 +286,7 @@ def find_pictures(names: list[str]) -> list[Path]:
 
 def names_to_draw(pictures: list[Path]) -> dict[Path, str]:
     """A file name for each drawn picture, all different: its own, where several have it with the
-    folders above. Behind a suffix whose format cannot hold our mark comes .jpg."""
+    folders above. Where its format cannot hold our mark, .jpg is added."""
     own, names, used = Counter(path.name for path in pictures), {}, set()
     for path in dict.fromkeys(pictures):
         parts, all_parts = 1 if own[path.name] == 1 else 2, path.absolute().parts[1:]

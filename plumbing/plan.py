@@ -4,6 +4,7 @@ Where something does not fit, the error names the flag that helps.
 """
 
 import itertools
+import math
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from plumbing.cores import ranks_here
 from plumbing.machine import free_memory, free_space
-from plumbing.program import check_range
+from plumbing.program import as_words, check_range
 from plumbing.workers import PREFETCH
 
 # ------------------------------------------------------------------------------ the flags
 
 
-SMALLEST = 96  # pixels, of --sizes: gradients of smaller images explode
+SMALLEST = 96  # pixels, of --sizes: with smaller images gradients exploded
+A_YEAR = 366 * 24 * 60  # minutes; nobody means more
 
 
 def size_and_share(text: str) -> tuple[int, float]:
@@ -43,7 +45,7 @@ def check_flags(args: Namespace, given: Namespace) -> None:
     check_range(args, "lr", 0, sys.float_info.max)
     check_range(args, "seed", 0, 2**63 - 1)
     check_range(args, "warmup drops", 0, 1)
-    check_range(args, "minutes", 0.01, 366 * 24 * 60)
+    check_range(args, "minutes", 0.01, A_YEAR)
     if not args.out:
         raise ValueError("--out '': expected the name of a folder, such as runs/NAME")
     if args.init == "":
@@ -62,17 +64,16 @@ def check_flags(args: Namespace, given: Namespace) -> None:
 
 
 def check_sizes(args: Namespace) -> None:
-    """ValueError unless the sizes end with the network's, none is larger or so small that its maps
-    are mostly border, and the shares grow."""
+    """ValueError unless the sizes end with the network's, none is larger or below SMALLEST, and the
+    shares grow."""
     grows = [(SMALLEST, 0.0), *args.sizes]
     if args.sizes and not (
         grows[-1] == (args.size, 1)
         and all(a[1] < b[1] and SMALLEST <= b[0] <= args.size for a, b in itertools.pairwise(grows))
     ):
         raise ValueError(
-            f"--sizes {' '.join(f'{size}:{share:g}' for size, share in args.sizes)}: expected "
-            f"sizes of {SMALLEST} to {args.size} with shares that grow, {args.size}:1 at the end, "
-            f"such as 160:.5 {args.size}:1"
+            f"--sizes {as_words(args.sizes)}: expected sizes of {SMALLEST} to {args.size} with "
+            f"shares that grow, {args.size}:1 at the end, such as 160:.5 {args.size}:1"
         )
 
 
@@ -118,8 +119,8 @@ def plan(args: Namespace, images: int, seconds: float | None, gib: float, gb: fl
         text += ", images of " + ", ".join(f"{size}" for size, _ in args.sizes) + " px"
     if seconds:
         minutes = args.iterations * seconds / 60
-        takes = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
-        takes = f"{60 * minutes:.0f} seconds" if minutes < 2 else takes
+        units = ((2, 60, "seconds"), (120, 1, "minutes"), (math.inf, 1 / 60, "hours"))
+        takes = next(f"{minutes * n:,.0f} {unit}" for below, n, unit in units if minutes < below)
         text += f"\nthis will take about {takes}, {gib:.1f} GiB on {device}, {gb:.2g} GB of disk"
         if minutes > 7 * 24 * 60:
             text += "\nthat is more than a week: --minutes 60 takes a recipe for an hour"

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from argparse import Namespace
@@ -143,11 +144,18 @@ def kept_as_json(path: str | None) -> Iterator[list]:
 
 
 def as_words(value: object) -> str:
-    """A flag's value as on a command line: ((160, 0.5), (300, 1)) -> "160:0.5 300:1"."""
-    if isinstance(value, (list, tuple)):
-        pairs = value and isinstance(value[0], (list, tuple))
-        return " ".join(":".join(map(as_words, v)) if pairs else as_words(v) for v in value)
-    return str(value)
+    """A flag's value as on a command line: ((160, 0.5), (300, 1.0)) -> "160:0.5 300:1"."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    pairs = value and isinstance(value[0], (list, tuple))
+    return " ".join(":".join(f"{n:g}" for n in v) if pairs else str(v) for v in value)
+
+
+def own_and_others(argv: list[str] | None) -> tuple[list[str], list[str]]:
+    """The command line before `--` and after it: flags for this program, and for those it runs."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -182,13 +190,15 @@ class SetFields(argparse.Action):
 
 
 def make_folder(path: Path, flag: str) -> Path:
-    """Makes a folder with all above it; ValueError with the name of the flag where it cannot."""
+    """Makes a folder with all above it; ValueError with the name of the flag where that, or a file
+    in it, cannot be made."""
+    what = "no folder can be made there"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        what = "nothing can be written there"
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(
-            f"{flag} {path}: no folder can be made there ({error.strerror}); choose another"
-        ) from None
+        raise ValueError(f"{flag} {path}: {what} ({error.strerror}); choose another") from None
     return path
 
 

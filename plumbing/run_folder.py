@@ -309,7 +309,7 @@ class RunLog:
         processes count once they have ended."""
         if self.ended:  # what is done after the end is no part of the run
             return 60 * self.ended.get("cpu_minutes", 0.0)
-        parts = [sum(os.times()[:4])]
+        parts = [machine.cpu_seconds()]
         if self.world > 1:
             parts *= self.world
             dist.all_gather_object(parts, parts[0])
@@ -319,9 +319,9 @@ class RunLog:
         """Writes last.pt after `step` steps; at the end also the results, and results.json.
 
         The other ranks may be at other steps: their CPU time is taken to be that of this one."""
-        seconds = self.seconds_before + self.world * sum(os.times()[:4])
+        seconds = self.seconds_before + self.world * machine.cpu_seconds()
         done = {"step": step, "skipped": self.skipped, "images": images, "results": results}
-        done |= {"cpu_seconds": seconds}
+        done |= {"cpu_seconds": seconds}  # of the run so far, for its next start
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         last = self.out / "last.pt"
         write_checkpoint(last, self.about | done | state, keep_previous=not results)

@@ -161,7 +161,7 @@ def test_help_shows_the_defaults_of_the_recipe(argv, images, width, capsys):
     assert f"images per step, over all processes (default: {images})" in said
     assert f"factor on all channels (default: {width})" in said
     assert "measure mAP during training (default: 0)" in said
-    sizes = "(default: 160:0.55 224:0.75 300:1.0)"
+    sizes = "(default: 160:0.55 224:0.75 300:1)"
     assert (sizes in said) == (not argv)  # as one writes them
     assert not any(f"default: {x}" in said for x in ("False", "None", ")", "==SUPPRESS=="))
 
